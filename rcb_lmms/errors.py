@@ -1,0 +1,46 @@
+"""The one type of error that people can cause and mend."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A mistake in the input, told in four parts and shown without a traceback.
+
+    Args:
+        wanted: what was being attempted or required.
+        found: what was there instead.
+        allowed: what would have been accepted.
+        next_step: the command or the change that mends it.
+    """
+
+    def __init__(self, *, wanted: str, found: str, allowed: str, next_step: str):
+        self.wanted, self.found, self.allowed, self.next_step = wanted, found, allowed, next_step
+        super().__init__(wanted, found, allowed, next_step)
+
+    def __str__(self) -> str:
+        return f"wanted:  {self.wanted}\nfound:   {self.found}\nallowed: {self.allowed}\nnext:    {self.next_step}"
+
+    def __reduce__(self):
+        # Exceptions with keyword-only arguments do not survive a process boundary without this.
+        return _rebuild, (self.wanted, self.found, self.allowed, self.next_step)
+
+
+def _rebuild(wanted: str, found: str, allowed: str, next_step: str) -> UserError:
+    return UserError(wanted=wanted, found=found, allowed=allowed, next_step=next_step)
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a `UserError` into four lines on standard error and exit status 2; Ctrl-C into status 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: finished work is kept; the same command continues it", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,98 @@
+"""Files that survive a kill: atomic replacement, append-only JSON lines, content hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rcb_lmms.errors import UserError
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> Path:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    path = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+            temporary = handle.name
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)  # NamedTemporaryFile's 0600 would hide the result from other users
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise unwritable(path, error) from error
+    return path
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The error for a file that could not be written."""
+    return UserError(
+        wanted=f"write {path}",
+        found=error.strerror or str(error),
+        allowed="a folder that can be written, with free space",
+        next_step="free some space or name another folder, then repeat the command: finished work is kept",
+    )
+
+
+def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as a line; `read_jsonl` ignores a last line cut off by a kill.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with path.open("ab+") as handle:
+            # A line that a kill cut off must not swallow this one: its bytes would corrupt both.
+            if handle.tell() and not _ends_with_newline(handle):
+                line = "\n" + line
+            handle.write(line.encode())
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _ends_with_newline(handle) -> bool:
+    handle.seek(-1, os.SEEK_END)
+    return handle.read(1) == b"\n"
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete JSON lines of a file; lines cut off by a kill are passed over. A missing file is empty."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's bytes, as hexadecimal digits."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
+
+
+def _sha256(handle) -> str:
+    digest = hashlib.sha256()
+    while chunk := handle.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
