@@ -1,0 +1,107 @@
+"""How many visual tokens may stay: the one place where a budget is rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rcb_lmms.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A count, a share, a score threshold, or the method's own choice; made by the class methods below.
+
+    Attributes:
+        kind: which of the four.
+        value: tokens, share of the native tokens, or cosine threshold; `None` for `adaptive`.
+        ties: threshold only: a token whose score equals the threshold stays if its position in the view is below
+            this number. 0 is the strict rule of the released code, `ALL_TIES` the `<=` of the paper's Algorithm 2;
+            the calibrator sets values between, so that a budget is met also where many tokens look the same.
+    """
+
+    kind: Literal["tokens", "ratio", "threshold", "adaptive"]
+    value: float | None = None
+    ties: int = 0
+
+    ALL_TIES = 2**31 - 1
+
+    @classmethod
+    def tokens(cls, count: int) -> Budget:
+        """Exactly `count` visual tokens per view."""
+        if count != int(count) or count < 1:
+            raise _bad("a number of retained tokens", count, "whole numbers from 1", "keep=64")
+        return cls("tokens", int(count))
+
+    @classmethod
+    def ratio(cls, share: float) -> Budget:
+        """The share `share` of a view's native tokens, rounded once (half to even, as the released code)."""
+        if not 0 < share <= 1:
+            raise _bad("a share of retained tokens", share, "numbers above 0, up to 1", "ratio=0.25")
+        return cls("ratio", float(share))
+
+    @classmethod
+    def threshold(cls, cosine: float, ties: int = 0) -> Budget:
+        """Every token whose largest cosine to a prototype is under `cosine`: a different count for each image."""
+        if not -1 <= cosine <= 1:
+            raise _bad("a cosine threshold", cosine, "numbers from -1 to 1", "threshold=0.45")
+        return cls("threshold", float(cosine), ties)
+
+    @classmethod
+    def adaptive(cls) -> Budget:
+        """As many as the method itself decides (PruMerge's outliers)."""
+        return cls("adaptive")
+
+    def count(self, native: int) -> int:
+        """Tokens that stay of `native`.
+
+        Raises:
+            UserError: the budget exceeds `native`, rounds to nothing, or is no count at all.
+        """
+        if self.kind == "tokens":
+            count = int(self.value)
+        elif self.kind == "ratio":
+            count = round(native * self.value)
+        else:
+            raise _bad("a fixed number of retained tokens", self, "a count or a ratio", "keep=64 or ratio=0.25")
+        if not 1 <= count <= native:
+            raise UserError(
+                wanted=f"{count} retained tokens ({self})",
+                found=f"a view of {native} visual tokens",
+                allowed=f"1 to {native} tokens per view",
+                next_step=f"keep={min(max(count, 1), native)}, or a ratio",
+            )
+        return count
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+
+
+def layer_average(rank: float, native: float, layer: int, layers: int) -> float:
+    """Visual tokens per layer, averaged over the decoder, when layers from `layer` on see `rank` of `native`.
+
+    SparseVLM's convention for comparing FastV with pruning before the language model.
+    """
+    return (layer * native + (layers - layer) * rank) / layers
+
+
+def rank_for_layer_average(target: float, native: float, layer: int, layers: int) -> int:
+    """The rank whose `layer_average` is nearest to `target`.
+
+    Raises:
+        UserError: the first `layer` full layers alone exceed the target; the arithmetic is in the message.
+    """
+    rank = (target * layers - layer * native) / (layers - layer)
+    if not 1 <= rank <= native:
+        floor = layer_average(1, native, layer, layers)
+        raise UserError(
+            wanted=f"a layer average of {target:g} visual tokens",
+            found=f"({layer} x {native:g} + {layers - layer} x rank) / {layers} = {target:g} needs rank {rank:.1f}",
+            allowed=f"layer averages from {floor:.1f} to {native:g} with {layer} full layers of {layers}",
+            next_step="raise the budget, prune at an earlier layer, or count tokens after pruning (convention=rank)",
+        )
+    return round(rank)
+
+
+def _bad(wanted: str, found: object, allowed: str, next_step: str) -> UserError:
+    return UserError(wanted=wanted, found=str(found), allowed=allowed, next_step=next_step)
