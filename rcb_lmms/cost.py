@@ -1,0 +1,67 @@
+"""Arithmetic of the prefill, under named formulas. Unlike formulas are never mixed in one column.
+
+Sources: FLOPs per decoder layer counted at two per multiply-add (checked against torch's counter in the tests);
+`fastv_paper` is the formula printed in the FastV paper, which counts multiply-adds and a two-matrix feed-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a language model's decoder: `layers`, width `d`, feed-forward `m`, query and key/value heads, head width."""
+
+    layers: int
+    d: int
+    m: int
+    heads: int
+    kv_heads: int
+    head_width: int
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """From a Hugging Face configuration (of the whole model or of its text part)."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            layers=text.num_hidden_layers,
+            d=text.hidden_size,
+            m=text.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_width=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        )
+
+    def layer_flops(self, n: int) -> int:
+        """FLOPs of one layer over `n` tokens: projections, full (not halved for causality) attention, gated MLP."""
+        inner = self.heads * self.head_width
+        inner_kv = self.kv_heads * self.head_width
+        return 4 * n * self.d * (inner + inner_kv) + 4 * n * n * inner + 6 * n * self.d * self.m
+
+    def prefill_flops(self, n: int, pruned_layer: int | None = None, n_pruned: int | None = None) -> int:
+        """FLOPs of a prefill of `n` tokens, of which `n_pruned` are left from layer `pruned_layer` on (FastV).
+
+        Raises:
+            ValueError: only one of the two is given.
+        """
+        if (pruned_layer is None) != (n_pruned is None):
+            raise ValueError("pruned_layer and n_pruned belong together")
+        if pruned_layer is None:
+            return self.layers * self.layer_flops(n)
+        return pruned_layer * self.layer_flops(n) + (self.layers - pruned_layer) * self.layer_flops(n_pruned)
+
+    def fastv_paper_macs(self, n: int) -> int:
+        """The FastV paper's `4nd^2 + 2n^2d + 2ndm` for one layer, in multiply-adds."""
+        return 4 * n * self.d**2 + 2 * n * n * self.d + 2 * n * self.d * self.m
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Key/value cache of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_width * bytes_per_value
+
+
+def codebook_flops(n: int, prototypes: int, d: int) -> int:
+    """RCB's overhead for `n` visual tokens: the similarity matrix, `n * N * (2d - 1)` (paper 5.3)."""
+    return n * prototypes * (2 * d - 1)

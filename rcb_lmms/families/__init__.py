@@ -1,0 +1,107 @@
+"""Model families, and how a checkpoint finds its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.families.base import Family, PackedImage, Prompt
+
+__all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_family"]
+
+# Dotted paths, so that listing families imports no model.
+FAMILIES = {"llava": "rcb_lmms.families.llava.Llava"}
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def family_class(name: str) -> type[Family]:
+    """The class of a family by its name in model ids."""
+    import importlib
+
+    module, _, attribute = FAMILIES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load_family(
+    pretrained: str,
+    *,
+    family: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    preprocess: str | None = None,
+    template: str = "checkpoint",
+) -> Family:
+    """Load a checkpoint as its family.
+
+    Args:
+        pretrained: `lab`, a folder, or a Hugging Face id, `id@revision` to pin one.
+        family: the family the caller expects; `None` takes what the checkpoint is.
+        device: torch device; by default `cuda` if there is one.
+        dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
+
+    Raises:
+        UserError: no such checkpoint, another architecture, or an unknown choice.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    if pretrained == "lab":
+        from rcb_lmms.lab.checkpoint import lab_checkpoint
+
+        path, revision = str(lab_checkpoint(family or "llava")), None
+    else:
+        path, _, revision = pretrained.partition("@") if not os.path.isdir(pretrained) else (pretrained, "", "")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        chosen = _family_of(config.model_type, pretrained, family)
+        if device == "cpu":
+            transformers_logging.disable_progress_bar()
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=_dtype(dtype, device), attn_implementation=attn_implementation, **options
+        )
+        # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
+        processor = AutoProcessor.from_pretrained(path, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(pretrained, error) from error
+    return chosen(model.eval().to(device), processor, pretrained=pretrained, preprocess=preprocess, template=template)
+
+
+def _family_of(model_type: str, pretrained: str, expected: str | None) -> type[Family]:
+    known = {family_class(name).model_type: family_class(name) for name in FAMILIES}
+    found = known.get(model_type)
+    if found is None or (expected and found.name != expected):
+        raise UserError(
+            wanted=f"a {expected or ' or '.join(FAMILIES)} model from {pretrained}",
+            found=f"a checkpoint of type {model_type}",
+            allowed=", ".join(known),
+            next_step=f"use the {found.name}_* entries for it" if found else "name another checkpoint: pretrained=...",
+        )
+    return found
+
+
+def _dtype(name: str, device: str):
+    import torch
+
+    from rcb_lmms.families.base import choose
+
+    if choose("dtype", name, DTYPES) == "auto":
+        name = "float32" if device == "cpu" else "float16"
+    return getattr(torch, name)
+
+
+def _unloadable(pretrained: str, error: Exception) -> UserError:
+    known = "lab, a folder with config.json and weights, or a Hugging Face id (id@revision)"
+    local = Path(pretrained).exists()
+    return UserError(
+        wanted=f"load {pretrained}",
+        found=" ".join(str(error).split())[:300],
+        allowed=known,
+        next_step="complete the folder" if local else f"hf download {pretrained.partition('@')[0]}, or pretrained=lab",
+    )

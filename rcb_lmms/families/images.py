@@ -1,0 +1,76 @@
+"""Images as they come from people: opened once, checked, turned into RGB, named by content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcb_lmms.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Past this aspect ratio, resizing the short side first would make an image of gigabytes for a crop of one square.
+MAX_ASPECT = 16
+
+
+def as_rgb(image: Image | str | Path) -> Image:
+    """An RGB image: files are opened, transparency is laid on white, CMYK and palettes are converted.
+
+    Raises:
+        UserError: the file is missing, empty, cut off or no image.
+    """
+    from PIL import Image as pil
+
+    name = str(image) if isinstance(image, (str, Path)) else "an image"
+    try:
+        opened = pil.open(image) if isinstance(image, (str, Path)) else image
+        opened.load()
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise UserError(
+            wanted=f"read {name}",
+            found=str(error) or type(error).__name__,
+            allowed="a complete image file that Pillow can read (PNG, JPEG, WebP, ...)",
+            next_step="remove or replace the file",
+        ) from error
+    if 0 in opened.size:
+        raise UserError(
+            wanted=f"read {name}",
+            found=f"an empty image of {opened.width} x {opened.height} pixels",
+            allowed="at least one pixel",
+            next_step="remove or replace the image",
+        )
+    if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+        rgba = opened.convert("RGBA")
+        return pil.alpha_composite(pil.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return opened.convert("RGB")
+
+
+def content_key(image: Image) -> str:
+    """The sha256 of an RGB image's size and pixels: equal images are encoded once, whatever they are called."""
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def central_square_region(image: Image) -> Image:
+    """Cut the far ends off extremely long images, which a centre crop would discard anyway."""
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    width, height = min(image.width, limit), min(image.height, limit)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def pad_to_square(image: Image, colour: tuple[int, int, int]) -> Image:
+    """The image centred on a square of `colour`, as LLaVA's own preprocessing (`image_aspect_ratio: pad`)."""
+    from PIL import Image as pil
+
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = pil.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
