@@ -94,6 +94,10 @@ class Pruner(ABC):
         """What `fit` needs of one view, `(e,)`; `None` if the method's counts are exact and nothing is fitted."""
         return None
 
+    def retained(self, evidence: Any) -> int:
+        """Tokens the fitted method retains of the view with this evidence; by default the evidence is that count."""
+        return int(evidence[0])
+
     def fit(self, evidence: list[Any], weights: list[float], target: float) -> Pruner:
         """The same method with the parameter that makes the weighted mean of retained tokens per view `target`."""
         raise UserError(

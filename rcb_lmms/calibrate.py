@@ -1,0 +1,216 @@
+"""Matched budgets: one vision-only pass, and the parameter with which a method retains as many tokens as another.
+
+The threshold for any budget is an order statistic of the pooled scores, each view weighted by how often it is asked
+about: no search loop, and no language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.engine.encoding import ImageEncoder, select
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import write_atomic
+from rcb_lmms.pruners.base import Pruner
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+@dataclass
+class ScorePass:
+    """What one pass over the images leaves behind, per view; mergeable between processes.
+
+    Attributes:
+        evidence: per method, one `(e,)` array per view: what `Pruner.fit` reads, or the count the method retains.
+        weights: questions asked about each view.
+        natives: visual tokens of each view.
+        keys: image each view belongs to.
+    """
+
+    evidence: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)
+    natives: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def merge(self, others: Iterable[ScorePass]) -> ScorePass:
+        """This pass and `others` as one; every process merges in the same order and gets the same result."""
+        merged = ScorePass({name: list(arrays) for name, arrays in self.evidence.items()})
+        merged.weights, merged.natives, merged.keys = list(self.weights), list(self.natives), list(self.keys)
+        for other in others:
+            for name, arrays in other.evidence.items():
+                merged.evidence.setdefault(name, []).extend(arrays)
+            merged.weights += other.weights
+            merged.natives += other.natives
+            merged.keys += other.keys
+        return merged
+
+    @property
+    def data_hash(self) -> str:
+        """Names the images and their weights, whatever their order."""
+        totals: dict[str, float] = {}
+        for key, weight in zip(self.keys, self.weights, strict=True):
+            totals[key] = totals.get(key, 0) + weight
+        return hashlib.sha256(json.dumps(sorted(totals.items())).encode()).hexdigest()
+
+    def mean(self, counts: Iterable[float]) -> float:
+        """Weighted mean over views."""
+        import numpy as np
+
+        return float(np.average(np.fromiter(counts, float), weights=self.weights))
+
+
+def score_pass(
+    encoder: ImageEncoder, pruners: Mapping[str, Pruner], images: Iterable[tuple[str, Image, float]]
+) -> ScorePass:
+    """Run images through the vision tower once and keep what each of `pruners` needs of them.
+
+    Args:
+        encoder: filled for the union of the pruners' needs.
+        pruners: by the names under which their evidence is kept.
+        images: `(content key, opened image, questions asked about it)`.
+    """
+    result = ScorePass({name: [] for name in pruners})
+    batch: list[tuple[str, Image, float]] = []
+
+    def flush() -> None:
+        keys = [key for key, _, _ in batch]
+        for (key, _, weight), views in zip(batch, encoder.views([image for _, image, _ in batch], keys), strict=True):
+            for view in views:
+                for name, pruner in pruners.items():
+                    result.evidence[name].append(_evidence(pruner, view))
+                result.weights.append(weight)
+                result.natives.append(len(view))
+                result.keys.append(key)
+        batch.clear()
+
+    for item in images:
+        batch.append(item)
+        if len(batch) >= encoder.batch_size:
+            flush()
+    if batch:
+        flush()
+    return result
+
+
+def _evidence(pruner: Pruner, view: Any) -> np.ndarray:
+    import numpy as np
+
+    if pruner.budget is None or pruner.budget.kind == "adaptive" or (evidence := pruner.evidence(view)) is None:
+        return np.array([len(select(pruner, [view])[0])], dtype=np.float32)
+    return evidence.float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was asked and what was achieved, in tokens per view averaged over the questions of a data set.
+
+    Attributes:
+        method: registry name.
+        target: mean retained tokens asked for.
+        achieved: mean with the fitted parameter, on the data it was fitted on.
+        fitted: the parameter (`threshold` and `ties`, or `scale`).
+        std, quantiles: of retained tokens over the views (quantiles 0, 5, 25, 50, 75, 95, 100 percent).
+        native: mean visual tokens before pruning.
+        views, questions: how many.
+        data_hash: of the images and their weights.
+    """
+
+    method: str
+    target: float
+    achieved: float
+    fitted: dict[str, float]
+    std: float
+    quantiles: list[float]
+    native: float
+    views: int
+    questions: float
+    data_hash: str
+
+
+def fit(pruner: Pruner, scores: ScorePass, name: str, target: float) -> tuple[Pruner, Calibration]:
+    """The method fitted to a mean of `target` retained tokens per view, and the record of it.
+
+    Raises:
+        UserError: the target exceeds what the views hold.
+    """
+    import numpy as np
+
+    native = scores.mean(scores.natives)
+    if not 0 < target <= native:
+        raise UserError(
+            wanted=f"a mean of {target:g} retained tokens per view",
+            found=f"views with {native:g} visual tokens on average",
+            allowed=f"means above 0, up to {native:g}",
+            next_step="lower keep, or use the unpruned entry",
+        )
+    evidence = scores.evidence[name]
+    fitted = pruner.fit(evidence, scores.weights, target)
+    counts = np.array([fitted.retained(array) for array in evidence], dtype=float)
+    achieved = scores.mean(counts)
+    record = Calibration(
+        method=pruner.name,
+        target=target,
+        achieved=achieved,
+        fitted=parameters(fitted),
+        std=float(np.sqrt(scores.mean((counts - achieved) ** 2))),
+        quantiles=[float(q) for q in np.percentile(counts, [0, 5, 25, 50, 75, 95, 100])],
+        native=native,
+        views=len(counts),
+        questions=float(sum(scores.weights)),
+        data_hash=scores.data_hash,
+    )
+    return fitted, record
+
+
+def parameters(pruner: Pruner) -> dict[str, float]:
+    """What `fit` sets: a threshold with its ties, or a scale."""
+    if pruner.budget is not None and pruner.budget.kind == "threshold":
+        return {"threshold": pruner.budget.value, "ties": pruner.budget.ties}
+    if pruner.budget is not None and pruner.budget.kind == "tokens":
+        return {"tokens": pruner.budget.value}
+    return {"scale": pruner.scale}
+
+
+def with_parameters(pruner: Pruner, fitted: Mapping[str, float]) -> Pruner:
+    """The inverse of `parameters`: a pruner as it came out of `fit`."""
+    from rcb_lmms.budget import Budget
+
+    if "threshold" in fitted:
+        return replace(pruner, budget=Budget.threshold(fitted["threshold"], int(fitted["ties"])))
+    if "tokens" in fitted:
+        return replace(pruner, budget=Budget.tokens(int(fitted["tokens"])))
+    return replace(pruner, budget=Budget.adaptive(), scale=fitted["scale"])
+
+
+def cache_dir() -> Path:
+    """Where calibrations and downloads are kept: `RCB_CACHE`, or `~/.cache/rcb_lmms`."""
+    return Path(os.environ.get("RCB_CACHE") or Path.home() / ".cache" / "rcb_lmms")
+
+
+def cached(key: Mapping[str, Any]) -> Calibration | None:
+    """A calibration made before for the same model, codebook, preprocessing, task, data and target."""
+    path = _cache_path(key)
+    if not path.exists():
+        return None
+    try:
+        return Calibration(**json.loads(path.read_text())["calibration"])
+    except (ValueError, KeyError, TypeError):
+        return None  # a damaged file is as good as none: the pass is run again and replaces it
+
+
+def remember(key: Mapping[str, Any], calibration: Calibration) -> Path:
+    """Store a calibration under its key."""
+    return write_atomic(_cache_path(key), json.dumps({"key": dict(key), "calibration": asdict(calibration)}, indent=1))
+
+
+def _cache_path(key: Mapping[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
+    return cache_dir() / "calibration" / f"{name}.json"
