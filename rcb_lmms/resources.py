@@ -1,0 +1,48 @@
+"""Folders of data that lie beside the package in a checkout and inside it in an installed wheel."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from rcb_lmms.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def data_dir(name: str) -> Path:
+    """The folder `codebooks`, `tasks` or `eval_configs`.
+
+    Raises:
+        UserError: neither an installed nor a checked-out copy has it.
+    """
+    for folder in (PACKAGE / "_data" / name, PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        wanted=f"the data folder {name}",
+        found=f"neither {PACKAGE / '_data' / name} nor {PACKAGE.parent / name}",
+        allowed="a source checkout, or a wheel built from one",
+        next_step="pip install --force-reinstall rcb_lmms",
+    )
+
+
+def source_version() -> dict[str, str | None]:
+    """What made an artefact: `version` of the package and, in a checkout, the git `commit` (`+` if files changed)."""
+    try:
+        version = metadata.version("rcb_lmms")
+    except metadata.PackageNotFoundError:
+        version = None
+    return {"package": "rcb_lmms", "version": version, "commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
