@@ -1,0 +1,56 @@
+"""FastV: the language model's own attention says which visual tokens its later layers may forget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rcb_lmms.budget import rank_for_layer_average
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
+from rcb_lmms.pruners.none import keep_all
+
+
+@dataclass(frozen=True)
+class FastV(Pruner):
+    """Pruning inside the decoder: this class holds the numbers, `rcb_lmms.engine.prune_at_layer` does the work.
+
+    Attributes:
+        layer: decoder layers that see every token; the attention of the last of them gives the scores (K = 2 in the
+            paper's scripts).
+        mode: `drop` shortens the sequence from there on; `mask` keeps its length and hides the pruned keys, which
+            gives the same answers at full cost.
+        convention: `rank` counts the tokens left after pruning, as the papers do; `layer_average` counts tokens per
+            layer over the whole decoder, the `layer` full ones included.
+    """
+
+    layer: int = 2
+    mode: str = "drop"
+    convention: str = "rank"
+
+    name: ClassVar[str] = "fastv"
+    paper: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
+
+    def __post_init__(self) -> None:
+        check_budget(self, "tokens", "ratio")
+        check_minimum("fastv's number of full layers", self.layer, 1)
+        check_choice("fastv's mode", self.mode, ("drop", "mask"))
+        check_choice("fastv's way of counting tokens", self.convention, ("rank", "layer_average"))
+
+    @property
+    def sees_question(self) -> bool:
+        """True: the scores are the attention of the prompt's last token."""
+        return True
+
+    def select(self, view: VisualTokens) -> Selection:
+        """Every token, since nothing is known before the decoder has run; every score is 0."""
+        return keep_all(view)
+
+    def rank(self, native: int, layers: int) -> int:
+        """Tokens that layers from `layer` on see, of `native` visual tokens in the prompt and `layers` in the decoder.
+
+        Raises:
+            UserError: a budget above `native`, or a layer average that the full layers alone exceed.
+        """
+        count = self.budget.count(native)
+        return count if self.convention == "rank" else rank_for_layer_average(count, native, self.layer, layers)

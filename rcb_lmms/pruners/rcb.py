@@ -1,0 +1,198 @@
+"""The redundancy codebook: drop every visual token that resembles a prototype of redundancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rcb_lmms.budget import Budget
+from rcb_lmms.errors import UserError
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rcb_lmms.codebook import Codebook
+
+TILE = 1 << 22  # similarities in memory at a time: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class RCB(Pruner):
+    """Keeps the tokens whose redundancy, a similarity to the codebook's prototypes, is low.
+
+    Attributes:
+        codebook: a `Codebook`, or the path or id of one.
+        preset: `official` keeps redundancy < threshold, as the released code; `paper` and `paper_literal` keep
+            redundancy <= threshold (Algorithm 2), unless the budget was calibrated: its `ties` then decide.
+        variant: `max_cosine`, the largest cosine to a prototype (the paper); `double_softmax`, which the released code
+            prefers for LLaVA-OneVision and the paper does not mention: the largest product of the softmax over tokens
+            and the softmax over prototypes of the same cosines.
+        min_keep: tokens that stay whatever the threshold. The released code has no such floor, which is 0 here.
+        score_dtype: precision of the scores. Official: the vision tower's float16, in which many tokens tie.
+        tie_mode: `double_softmax` with a count or a ratio only. `exact` meets the count, ties by position; `official`
+            keeps the tokens strictly below the first one to go, so that ties at the cut are dropped with it.
+    """
+
+    codebook: Codebook | str | Path | None = None
+    preset: str = "official"
+    variant: str = "max_cosine"
+    min_keep: int = 1
+    score_dtype: str = "float32"
+    tie_mode: str = "exact"
+
+    name: ClassVar[str] = "rcb"
+    paper: ClassVar[str] = "Redundancy Codebook, Algorithm 2"
+
+    def __post_init__(self) -> None:
+        check_budget(self, "threshold", "tokens", "ratio", None)
+        check_choice("an rcb variant", self.variant, ("max_cosine", "double_softmax"))
+        check_choice("a score dtype", self.score_dtype, ("float32", "float16", "bfloat16"))
+        check_choice("a tie mode", self.tie_mode, ("exact", "official"))
+        check_minimum("a least number of retained tokens", self.min_keep, 0)
+        if self.codebook is None:
+            raise UserError(
+                wanted="a redundancy codebook",
+                found="none",
+                allowed="a .safetensors file, the id of a codebook, or a Codebook",
+                next_step="codebook=PATH; `rcb codebook build` makes one for your model",
+            )
+        if isinstance(self.codebook, (str, Path)):
+            from rcb_lmms.codebook import Codebook
+
+            object.__setattr__(self, "codebook", Codebook.load(self.codebook))
+
+    def select(self, view: VisualTokens) -> Selection:
+        """The least redundant tokens in raster order; scores are minus the redundancy.
+
+        Raises:
+            UserError: no budget, a budget above the view, or a codebook of another width.
+        """
+        check_budget(self, "threshold", "tokens", "ratio")
+        redundancy = self.redundancy(view)
+        passing = self._passing(redundancy)
+        count = max(passing, min(self.min_keep, len(view)))
+        # Both rules keep a beginning of this order, so that a count says everything.
+        kept = redundancy.argsort(stable=True)[:count].sort().values
+        return Selection(kept, -redundancy, forced=count - passing)
+
+    def redundancy(self, view: VisualTokens) -> Tensor:
+        """The redundancy of every token, `(n,)` float32, at most 1; needs no budget.
+
+        Raises:
+            UserError: a codebook of another width than the tokens.
+        """
+        import torch
+
+        prototypes = self._prototypes(view)
+        tokens = unit_rows(view.features.to(prototypes.dtype))
+        if self.variant == "double_softmax":
+            cosines = tokens @ prototypes.T
+            scores = (cosines.softmax(dim=0) * cosines.softmax(dim=1)).amax(dim=1)
+        else:
+            tiles = tokens.split(max(1, TILE // len(prototypes)))
+            scores = torch.cat([(tile @ prototypes.T).amax(dim=1) for tile in tiles])
+        # Rounding makes cosines of 1.0000001, which no threshold could equal.
+        return scores.float().clamp(-1, 1)
+
+    def evidence(self, view: VisualTokens) -> Tensor:
+        """The redundancy of every token, `(n,)` float32, on the CPU."""
+        return self.redundancy(view).cpu()
+
+    def fit(self, evidence: list[Any], weights: list[float], target: float) -> RCB:
+        """The threshold at which the weighted mean of retained tokens per view is nearest to `target`.
+
+        Every token is a step of the mean, in the order of redundancy, then of position; the cut falls behind the step
+        nearest to `target` (behind the first of two). Tokens that agree in both step together. `min_keep` is not
+        counted: what it adds is seen in `Selection.forced`.
+
+        Args:
+            evidence: redundancies of each view.
+            weights: how often each view is asked about.
+            target: mean number of retained tokens per view.
+
+        Raises:
+            UserError: a target that is not positive, or above the mean number of native tokens.
+        """
+        import numpy as np
+
+        scores = np.concatenate([np.asarray(view, dtype=np.float32) for view in evidence])
+        positions = np.concatenate([np.arange(len(view), dtype=np.int32) for view in evidence])
+        shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        steps = np.repeat(shares, [len(view) for view in evidence])
+        check_target(target, steps.sum(), f"the mean over {len(evidence)} views")
+        order = np.lexsort((positions, scores))
+        kept = np.cumsum(steps[order])
+        scores, positions = scores[order], positions[order]
+        ends = np.append(np.flatnonzero((np.diff(scores) != 0) | (np.diff(positions) != 0)), len(order) - 1)
+        cut = ends[np.argmin(np.abs(kept[ends] - target))]
+        return replace(self, budget=Budget.threshold(float(scores[cut]), ties=int(positions[cut]) + 1))
+
+    def _passing(self, redundancy: Tensor) -> int:
+        """How many tokens the budget alone keeps."""
+        import torch
+
+        if self.budget.kind == "threshold":
+            limit = torch.tensor(self.budget.value, dtype=getattr(torch, self.score_dtype)).float().item()
+            ties = self.budget.ties
+            if self.preset != "official" and ties == 0:
+                ties = Budget.ALL_TIES
+            return int((redundancy < limit).sum() + (redundancy[:ties] == limit).sum())
+        count = self.budget.count(len(redundancy))
+        if self.tie_mode == "official" and self.variant == "double_softmax" and count < len(redundancy):
+            return int((redundancy < redundancy.sort().values[count]).sum())
+        return count
+
+    def _prototypes(self, view: VisualTokens) -> Tensor:
+        """Unit prototypes `(m, d)` where the view is, in the dtype of the scores."""
+        import torch
+
+        raw = self.codebook.prototypes
+        if raw.shape[1] != view.features.shape[1]:
+            made_for = getattr(self.codebook, "meta", None) or {}
+            raise UserError(
+                wanted=f"a codebook for a language model of width {view.features.shape[1]}, the model in use",
+                found=f"prototypes of width {raw.shape[1]}, made for {made_for.get('model', 'an unnamed model')}",
+                allowed="a codebook made for the model in use",
+                next_step="`rcb list` shows the codebooks at hand; `rcb codebook build` makes one",
+            )
+        place = (view.features.device, self.score_dtype)
+        if place not in self._placed:
+            self._placed[place] = unit_rows(raw.detach().to(place[0], getattr(torch, self.score_dtype)))
+        return self._placed[place]
+
+    @cached_property
+    def _placed(self) -> dict[tuple[Any, str], Tensor]:
+        return {}
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows `(n, d)` scaled to length 1; a row of zeros stays one."""
+    from torch.nn.functional import normalize
+
+    # The official epsilon is nothing in float16, where a row of zeros would become NaN.
+    return normalize(rows, dim=1, eps=max(1e-12, _least(rows)))
+
+
+def _least(rows: Tensor) -> float:
+    import torch
+
+    return torch.finfo(rows.dtype).smallest_normal
+
+
+def check_target(target: float, native: float, over: str) -> None:
+    """Refuse a mean budget that no threshold reaches.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    if not 0 < target <= native * (1 + 1e-9):
+        raise UserError(
+            wanted=f"a mean of {target:g} retained tokens per view",
+            found=f"{native:.6g} native tokens per view ({over}), and keeping all gives no more",
+            allowed=f"means above 0, up to {native:.6g}",
+            next_step=f"lower the budget to {native:.6g} or less" if target > 0 else "use a positive budget",
+        )

@@ -1,0 +1,100 @@
+"""What every test shares: no network, one seed, no deprecated calls, and tiny random models."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Before anything imports huggingface_hub, which reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# 96 words, attention sharp enough that pruning changes answers (the default of 0.02 makes it almost uniform).
+TEXT_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+VISION_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+    "projection_dim": 16,
+    "initializer_range": 0.25,
+}
+
+
+class _DeprecationsFail(logging.Handler):
+    """transformers announces most deprecations through its logger, not as warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().lower()
+        if "deprecat" in text or "will be removed in" in text:
+            raise AssertionError(f"transformers: {record.getMessage()}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}:transformers")
+    logging.getLogger("transformers").addHandler(_DeprecationsFail(level=logging.WARNING))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama():
+    """A random `LlamaForCausalLM`: 4 layers, 4 query and 2 key heads of width 8, 96 words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)).eval()
+
+
+@pytest.fixture
+def tiny_qwen2():
+    """A random `Qwen2ForCausalLM` of the same sizes; its projections have biases, which are not zero here."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(2)
+    model = Qwen2ForCausalLM(Qwen2Config(**TEXT_SIZES)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def tiny_llava():
+    """A random `LlavaForConditionalGeneration`: CLIP tower with 4 x 4 patches of 28 x 28 images, image token 95."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(3)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION_SIZES),
+        text_config=LlamaConfig(**TEXT_SIZES),
+        image_token_id=95,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    return LlavaForConditionalGeneration(config).eval()
