@@ -1,0 +1,225 @@
+"""Making a codebook: experiments image by image, kept as they come, then thresholds over what was kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from rcb_lmms.codebook.artefact import Codebook
+from rcb_lmms.codebook.probe import ImageStatistics, measure
+from rcb_lmms.codebook.select import candidates, common_clusters, describe_funnel, join
+from rcb_lmms.codebook.settings import BuildSettings
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import sha256_of, write_atomic
+from rcb_lmms.resources import source_version
+
+if TYPE_CHECKING:
+    from rcb_lmms.families.base import Family
+
+MANIFEST = "manifest.json"
+
+
+def build(
+    family: Family,
+    images: Sequence[str | Path],
+    out: str | Path,
+    settings: BuildSettings,
+    *,
+    batch_size: int = 16,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+) -> Codebook:
+    """Make a codebook from images and save it.
+
+    Each image's statistics are written when they are complete; after a kill the same command goes on behind the last
+    one and ends with the same bytes.
+
+    Args:
+        family: the model the codebook is for.
+        images: files, in the order that decides the order of rows.
+        out: the `.safetensors` to write.
+        settings: see `settings_for`.
+        batch_size: prompts per forward pass.
+        workdir: folder of the statistics; by default `<out>.stats`.
+        progress: show a bar that counts images.
+
+    Raises:
+        UserError: an image that cannot be read, statistics of another build in the folder, or no prototypes.
+    """
+    stats = Path(workdir or f"{out}.stats")
+    names = [Path(image) for image in images]
+    _open_manifest(stats, _manifest(family, names, settings))
+    todo = [number for number in range(len(names)) if not _shard(stats, number).exists()]
+    bar = tqdm(todo, "probing", len(names), initial=len(names) - len(todo), unit="image", disable=not progress)
+    for number in bar:
+        view = family.encode([family.open(names[number])], frozenset({"cls_similarity"}))[0][0]
+        write_atomic(_shard(stats, number), measure(family, view, settings, batch_size).to_bytes())
+    codebook = threshold(stats, settings, name=Path(out).stem)
+    codebook.save(out)
+    return codebook
+
+
+def threshold(stats_dir: str | Path, settings: BuildSettings, name: str = "codebook") -> Codebook:
+    """Choose prototypes from finished statistics; needs no model, so thresholds can be tried in seconds.
+
+    Rows are in the order of the released codebooks: clusters by their first candidate, inside a cluster by image.
+
+    Args:
+        stats_dir: folder that `build` filled.
+        settings: may differ from the build's in all but the fields of `BuildSettings.experiment`.
+        name: the codebook's id.
+
+    Raises:
+        UserError: images are missing, the experiments were other ones, or no token passes (with the counts).
+    """
+    stats = Path(stats_dir)
+    manifest = read_manifest(stats)
+    _check_same(manifest["experiment"], _resolved(settings, manifest["experiment"]), stats)
+    missing = [entry["name"] for n, entry in enumerate(manifest["images"]) if not _shard(stats, n).exists()]
+    if missing:
+        raise UserError(
+            wanted=f"statistics of {len(manifest['images'])} images in {stats}",
+            found=f"none yet of {len(missing)}, the first of them {missing[0]}",
+            allowed="a finished build",
+            next_step="repeat the build command without --rethreshold: it goes on where it stopped",
+        )
+    found = [candidates(ImageStatistics.read(_shard(stats, n)), settings) for n in range(len(manifest["images"]))]
+    tokens, patches, numbers = join(found)
+    clusters = common_clusters(tokens, numbers, settings) if len(tokens) else []
+    counts = {"images": len(found)} | {key: sum(image.passed[key] for image in found) for key in found[0].passed}
+    counts["images with candidates"] = len(numbers.unique())
+    counts["prototypes"] = sum(map(len, clusters))
+    if not clusters:
+        raise _no_prototypes(counts, settings)
+    rows = torch.cat(clusters)
+    counts["images with prototypes"] = len(numbers[rows].unique())
+    provenance = {
+        "image": [manifest["images"][number]["name"] for number in numbers[rows].tolist()],
+        "patch": patches[rows].tolist(),
+        "cluster": [number for number, members in enumerate(clusters) for _ in members],
+    }
+    return Codebook(tokens[rows], {"id": name, **_meta(manifest, settings), "counts": counts, "rows": provenance})
+
+
+def read_manifest(stats: Path) -> dict[str, Any]:
+    """What the statistics in a folder were made from.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    try:
+        return json.loads((stats / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            wanted=f"the statistics of a codebook build in {stats}",
+            found=f"no readable {MANIFEST}",
+            allowed="the folder <out>.stats that `rcb codebook build` writes",
+            next_step="build first, without --rethreshold",
+        ) from error
+
+
+def _meta(manifest: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
+    listed = json.dumps(manifest["images"]).encode()
+    return {
+        **{key: manifest[key] for key in ("model", "revision", "family", "dtype", "weights", "source")},
+        "layer": "projector output, base view",
+        "images": len(manifest["images"]),
+        "images_sha256": hashlib.sha256(listed).hexdigest(),
+        "preset": settings.preset,
+        "experiment": manifest["experiment"],
+        "thresholds": settings.thresholds(),
+    }
+
+
+def _manifest(family: Family, images: list[Path], settings: BuildSettings) -> dict[str, Any]:
+    if not images:
+        raise UserError(
+            wanted="images to build a codebook from",
+            found="an empty list",
+            allowed="image files; the paper uses 500 photographs",
+            next_step="name a folder with images",
+        )
+    return {
+        "model": family.pretrained,
+        "revision": family.revision,
+        "family": family.name,
+        "dtype": str(family.pad_embedding.dtype).removeprefix("torch."),
+        "weights": _fingerprint(family),
+        "experiment": _resolved(settings, {"single_repeats": family.single_repeats}),
+        "images": [{"name": path.stem, "sha256": _hash_image(path)} for path in images],
+        "source": source_version(),
+    }
+
+
+def _shard(stats: Path, number: int) -> Path:
+    return stats / f"{number:06d}.safetensors"
+
+
+def _resolved(settings: BuildSettings, defaults: dict[str, Any]) -> dict[str, Any]:
+    experiment = settings.experiment()
+    experiment["single_repeats"] = experiment["single_repeats"] or defaults["single_repeats"]
+    return experiment
+
+
+def _hash_image(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise UserError(
+            wanted=f"read {path}",
+            found=error.strerror or str(error),
+            allowed="image files that exist",
+            next_step="remove it from the list, or restore the file",
+        ) from error
+
+
+def _fingerprint(family: Family) -> str:
+    """Hash of the first values of every weight: a retrained checkpoint under the same name is another model."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(family.model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open_manifest(stats: Path, wanted: dict[str, Any]) -> None:
+    if (stats / MANIFEST).exists():
+        found = read_manifest(stats)
+        # A resumed build may run a newer version of this package; the file keeps the version it began with.
+        _check_same({**found, "source": None}, json.loads(json.dumps({**wanted, "source": None})), stats)
+    else:
+        write_atomic(stats / MANIFEST, json.dumps(wanted, indent=1) + "\n")
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> None:
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        shown = ", ".join(f"{key} {_brief(found.get(key))} (now {_brief(wanted[key])})" for key in differing)
+        raise UserError(
+            wanted=f"continue with the statistics in {stats}",
+            found=f"statistics of another build: {shown}",
+            allowed="the same model, images and experiment; only thresholds and rules of choice may change",
+            next_step="repeat the earlier settings, or build into another folder (--workdir)",
+        )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={entry}" for key, entry in value.items())
+    text = f"{len(value)} images" if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _no_prototypes(counts: dict[str, int], settings: BuildSettings) -> UserError:
+    return UserError(
+        wanted="redundant prototypes",
+        found=describe_funnel(counts, settings),
+        allowed="thresholds that some tokens pass, each and together",
+        next_step="loosen the threshold that lets nothing through and repeat with --rethreshold (no model needed)",
+    )

@@ -1,0 +1,183 @@
+"""The experiments on one image: single visual tokens, 3 x 3 windows and the whole view, intact and ablated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcb_lmms.codebook.settings import ARTICLES, TOP_K_STORED, BuildSettings
+from rcb_lmms.engine.generation import last_logits
+
+if TYPE_CHECKING:
+    from rcb_lmms.families.base import Family
+    from rcb_lmms.pruners.base import VisualTokens
+
+# Paper's list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (0-based).
+BLOCK_STARTS, LISTED_TOKENS = (36, 72, 144, 216, 288, 360, 432, 504, 568), 576
+
+
+class ImageStatistics(NamedTuple):
+    """What the experiments on one image found; `p` probed patches, `t` stored logits (50), each sorted descending.
+
+    The ids are those of the intact run, so every divergence over `t` ids or fewer can be taken later.
+
+    Attributes:
+        index: `(p,)` positions of the probed patches in raster order.
+        features: `(p, d)` their projector outputs, or `(n, d)` of the whole view with `cluster_input=all`.
+        single_ids: `(p, t)` of the single-token run; the first column is the answer's first content token.
+        single: `(p, t)` its logits.
+        region_ids: `(p, t)` of the intact window.
+        region: `(p, t)` its logits.
+        region_ablated: `(p, t)` logits without the patch, at the same ids.
+        whole_ids: `(1, t)` of the intact view.
+        whole: `(1, t)` its logits.
+        whole_ablated: `(p, t)` logits without the patch's window.
+    """
+
+    index: Tensor
+    features: Tensor
+    single_ids: Tensor
+    single: Tensor
+    region_ids: Tensor
+    region: Tensor
+    region_ablated: Tensor
+    whole_ids: Tensor
+    whole: Tensor
+    whole_ablated: Tensor
+
+    def to_bytes(self) -> bytes:
+        """As a `.safetensors`."""
+        from safetensors.torch import save
+
+        return save({name: tensor.contiguous() for name, tensor in self._asdict().items()})
+
+    @classmethod
+    def read(cls, path: Path) -> ImageStatistics:
+        """Read what `to_bytes` made."""
+        from safetensors.torch import load_file
+
+        return cls(**load_file(path))
+
+
+def window(index: int, height: int, width: int) -> list[int]:
+    """Raster indices of the 3 x 3 window around a patch, shifted inwards at the border, so always nine.
+
+    Grids with fewer than three rows or columns give the part of the window that exists.
+    """
+    top = max(0, min(index // width - 1, height - 3))
+    left = max(0, min(index % width - 1, width - 3))
+    rows, columns = range(top, min(top + 3, height)), range(left, min(left + 3, width))
+    return [row * width + column for row in rows for column in columns]
+
+
+def probed_ranks(n: int, count: int = 96) -> list[int]:
+    """0-based ranks, by similarity to the CLS token, of the patches that are probed among `n`.
+
+    For 576 and 96 the released list: ranks 0-23, then blocks of 8 from 36, 72, 144, ... 504 and 568. Otherwise
+    a quarter of `count` (and what does not divide) leads, the rest is nine equal blocks whose starts scale with
+    `n`; blocks that would overlap the one before begin where it ends, none reaches past `n`.
+    """
+    count = min(count, n)
+    block = count // 12
+    ranks = list(range(count - len(BLOCK_STARTS) * block))
+    for number, listed in enumerate(BLOCK_STARTS):
+        latest = n - (len(BLOCK_STARTS) - number) * block
+        start = min(max(round(listed * n / LISTED_TOKENS), ranks[-1] + 1), latest)
+        ranks += range(start, start + block)
+    return ranks
+
+
+def uniform_grid(height: int, width: int, count: int = 96) -> list[int]:
+    """Raster indices of an even square grid of about `count` patches (10 x 10 for 96), for towers without CLS."""
+    side = round(count**0.5)
+    rows = sorted({int((i + 0.5) * height / side) for i in range(side)})
+    columns = sorted({int((i + 0.5) * width / side) for i in range(side)})
+    return [row * width + column for row in rows for column in columns]
+
+
+def probed_patches(view: VisualTokens, count: int) -> list[int]:
+    """Raster indices of the patches to probe: by `probed_ranks`, or `uniform_grid` without a CLS token.
+
+    Differs from the released code, which took every patch whose float16 similarity *equals* that of a listed rank
+    and so stored some tokens twice: ties go to the lower index here, one patch per rank.
+    """
+    if view.cls_similarity is None:
+        return uniform_grid(*view.grid, count)
+    order = view.cls_similarity.float().argsort(descending=True, stable=True).tolist()
+    return [order[rank] for rank in probed_ranks(len(view), count)]
+
+
+def measure(family: Family, view: VisualTokens, settings: BuildSettings, batch_size: int) -> ImageStatistics:
+    """Run all experiments on a base view: one prompt per probed patch and kind, one for the intact view.
+
+    Source: paper 3.1, 7.2, 7.3. Every input is packed as the family packs an image, newline included. A patch is
+    ablated by putting the pad embedding into its slot, behind the projector.
+    """
+    tokens, (height, width) = view.features, view.grid
+    pad = family.pad_embedding.to(tokens)
+    index = probed_patches(view, settings.probes)
+    repeats = settings.single_repeats or family.single_repeats
+    logits = functools.partial(content_logits, family, settings=settings, batch_size=batch_size)
+    columns: dict[str, list[Tensor]] = {name: [] for name in ImageStatistics._fields[2:]}
+    with torch.inference_mode():
+        whole = logits([tokens])
+        columns["whole_ids"], columns["whole"] = ([part] for part in _top(whole))
+        for begin in range(0, len(index), batch_size):
+            part = index[begin : begin + batch_size]
+            around = [window(patch, height, width) for patch in part]
+            single = logits([tokens[patch].expand(repeats, -1) for patch in part])
+            region = logits([tokens[slots] for slots in around])
+            without = [_ablate(tokens[slots], [slots.index(p)], pad) for p, slots in zip(part, around, strict=True)]
+            region_ablated = logits(without)
+            whole_ablated = logits([_ablate(tokens, slots, pad) for slots in around])
+            for name, full in (("single", single), ("region", region)):
+                ids, values = _top(full)
+                columns[f"{name}_ids"].append(ids)
+                columns[name].append(values)
+            columns["region_ablated"].append(region_ablated.gather(-1, columns["region_ids"][-1]))
+            columns["whole_ablated"].append(whole_ablated.gather(-1, columns["whole_ids"][0].expand(len(part), -1)))
+    stored = tokens if settings.cluster_input == "all" else tokens[index]
+    # bfloat16 has no place in a codebook file, and casting it to float16 could overflow.
+    stored = stored if stored.dtype == torch.float16 else stored.float()
+    found = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+    return ImageStatistics(index=torch.tensor(index), features=stored.detach().cpu(), **found)
+
+
+def content_logits(family: Family, sequences: Sequence[Tensor], settings: BuildSettings, batch_size: int) -> Tensor:
+    """`(b, v)` float32 logits of the answer's first content token for each visual sequence `(k, d)`.
+
+    If the greedy first token is an article, it is appended and the next position's logits are taken, for each
+    sequence on its own, so that the intact and the ablated run may differ in it (released code).
+    """
+    ids = family.prompt(settings.prompt)
+    packed = [family.pack([sequence]) for sequence in sequences]
+    logits = last_logits(family, [family.embed(ids, [rows]) for rows in packed], batch_size)
+    first = logits.argmax(-1).tolist()
+    articles = {token for token in set(first) if is_article(family.tokenizer.decode([token]), settings.article)}
+    again = [row for row, token in enumerate(first) if token in articles]
+    if again:
+        longer = [family.embed([*ids, first[row]], [packed[row]]) for row in again]
+        logits[again] = last_logits(family, longer, batch_size)
+    return logits
+
+
+def is_article(text: str, rule: str) -> bool:
+    """Whether a decoded first token is skipped: `official` exactly "A", `paper` the, a, an, `keep` none."""
+    text = text.strip()
+    return (text.lower() if rule == "paper" else text) in ARTICLES[rule]
+
+
+def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = logits.topk(min(TOP_K_STORED, logits.shape[-1]))
+    return ids, values
+
+
+def _ablate(tokens: Tensor, slots: list[int], pad: Tensor) -> Tensor:
+    ablated = tokens.clone()
+    ablated[slots] = pad
+    return ablated
