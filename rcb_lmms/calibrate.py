@@ -32,33 +32,21 @@ class ScorePass:
         evidence: per method, one `(e,)` array per view: what `Pruner.fit` reads, or the count the method retains.
         weights: questions asked about each view.
         natives: visual tokens of each view.
-        keys: image each view belongs to.
     """
 
     evidence: dict[str, list[np.ndarray]] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
     natives: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
 
     def merge(self, others: Iterable[ScorePass]) -> ScorePass:
         """This pass and `others` as one; every process merges in the same order and gets the same result."""
-        merged = ScorePass({name: list(arrays) for name, arrays in self.evidence.items()})
-        merged.weights, merged.natives, merged.keys = list(self.weights), list(self.natives), list(self.keys)
-        for other in others:
-            for name, arrays in other.evidence.items():
+        merged = ScorePass()
+        for part in (self, *others):
+            for name, arrays in part.evidence.items():
                 merged.evidence.setdefault(name, []).extend(arrays)
-            merged.weights += other.weights
-            merged.natives += other.natives
-            merged.keys += other.keys
+            merged.weights += part.weights
+            merged.natives += part.natives
         return merged
-
-    @property
-    def data_hash(self) -> str:
-        """Names the images and their weights, whatever their order."""
-        totals: dict[str, float] = {}
-        for key, weight in zip(self.keys, self.weights, strict=True):
-            totals[key] = totals.get(key, 0) + weight
-        return hashlib.sha256(json.dumps(sorted(totals.items())).encode()).hexdigest()
 
     def mean(self, counts: Iterable[float]) -> float:
         """Weighted mean over views."""
@@ -68,27 +56,30 @@ class ScorePass:
 
 
 def score_pass(
-    encoder: ImageEncoder, pruners: Mapping[str, Pruner], images: Iterable[tuple[str, Image, float]]
+    encoder: ImageEncoder,
+    pruners: Mapping[str, Pruner],
+    images: Iterable[tuple[str, Image]],
+    weights: Mapping[str, float],
 ) -> ScorePass:
     """Run images through the vision tower once and keep what each of `pruners` needs of them.
 
     Args:
         encoder: filled for the union of the pruners' needs.
         pruners: by the names under which their evidence is kept.
-        images: `(content key, opened image, questions asked about it)`.
+        images: `(content key, opened image)`, each once.
+        weights: questions asked about each image, by key.
     """
     result = ScorePass({name: [] for name in pruners})
-    batch: list[tuple[str, Image, float]] = []
+    batch: list[tuple[str, Image]] = []
 
     def flush() -> None:
-        keys = [key for key, _, _ in batch]
-        for (key, _, weight), views in zip(batch, encoder.views([image for _, image, _ in batch], keys), strict=True):
+        keys = [key for key, _ in batch]
+        for key, views in zip(keys, encoder.views([image for _, image in batch], keys), strict=True):
             for view in views:
                 for name, pruner in pruners.items():
                     result.evidence[name].append(_evidence(pruner, view))
-                result.weights.append(weight)
+                result.weights.append(weights[key])
                 result.natives.append(len(view))
-                result.keys.append(key)
         batch.clear()
 
     for item in images:
@@ -135,8 +126,20 @@ class Calibration:
     data_hash: str
 
 
-def fit(pruner: Pruner, scores: ScorePass, name: str, target: float) -> tuple[Pruner, Calibration]:
+def data_hash(weights: Mapping[str, float]) -> str:
+    """Names a data set by its images' content keys and how often each is asked about, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest()
+
+
+def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) -> tuple[Pruner, Calibration]:
     """The method fitted to a mean of `target` retained tokens per view, and the record of it.
+
+    Args:
+        pruner: a method with a threshold or a scale.
+        scores: of a whole data set.
+        name: under which `scores` holds the method's evidence.
+        target: tokens per view, averaged over the questions.
+        data: hash of the data set, for the record.
 
     Raises:
         UserError: the target exceeds what the views hold.
@@ -165,7 +168,7 @@ def fit(pruner: Pruner, scores: ScorePass, name: str, target: float) -> tuple[Pr
         native=native,
         views=len(counts),
         questions=float(sum(scores.weights)),
-        data_hash=scores.data_hash,
+        data_hash=data,
     )
     return fitted, record
 

@@ -33,6 +33,21 @@ def _rebuild(wanted: str, found: str, allowed: str, next_step: str) -> UserError
     return UserError(wanted=wanted, found=found, allowed=allowed, next_step=next_step)
 
 
+# Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;
+# whoever calls the Python API gets the UserError itself.
+exit_at_once = False
+
+
+@contextlib.contextmanager
+def leave_with() -> Iterator[None]:
+    """Around code that lmms-eval calls: under our console scripts a `UserError` ends the process as it should."""
+    if exit_at_once:
+        with exit_on_user_error():
+            yield
+    else:
+        yield
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into four lines on standard error and exit status 2; Ctrl-C into status 130."""

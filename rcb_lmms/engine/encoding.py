@@ -32,6 +32,7 @@ class ImageEncoder:
         self.encoded_images = 0
         self._views: ByteStore[list[VisualTokens]] = ByteStore(store_bytes)
         self._packed: ByteStore[PackedImage] = ByteStore(store_bytes)
+        self._pruners: dict[int, Pruner] = {}  # kept alive, so that an id names one pruner for good
 
     def views(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[VisualTokens]]:
         """Views of opened images; equal `keys` mean equal images."""
@@ -58,12 +59,13 @@ class ImageEncoder:
 
     def packed(self, images: Sequence[Image], keys: Sequence[str], pruner: Pruner) -> list[PackedImage]:
         """Pruned and packed images; the pruner chooses once per image."""
-        missing = {key: image for key, image in zip(keys, images, strict=True) if (pruner, key) not in self._packed}
+        name = id(self._pruners.setdefault(id(pruner), pruner))
+        missing = {key: image for key, image in zip(keys, images, strict=True) if (name, key) not in self._packed}
         fresh = {}
         for key, views in zip(missing, self.views(list(missing.values()), list(missing)), strict=True):
             packed = fresh[key] = self.family.pack_selected(views, select(pruner, views))
-            self._packed.put((pruner, key), packed, packed.embeds.nbytes)
-        return [fresh[key] if key in fresh else self._packed.get((pruner, key)) for key in keys]
+            self._packed.put((name, key), packed, packed.embeds.nbytes)
+        return [fresh[key] if key in fresh else self._packed.get((name, key)) for key in keys]
 
 
 def select(pruner: Pruner, views: Sequence[VisualTokens]) -> list[Selection]:

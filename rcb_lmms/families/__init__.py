@@ -70,7 +70,25 @@ def load_family(
         processor = AutoProcessor.from_pretrained(path, backend="pil", **options)
     except (OSError, ValueError) as error:
         raise _unloadable(pretrained, error) from error
-    return chosen(model.eval().to(device), processor, pretrained=pretrained, preprocess=preprocess, template=template)
+    return chosen(
+        model.eval().to(device),
+        processor,
+        pretrained=pretrained,
+        fingerprint=_fingerprint(path, config),
+        preprocess=preprocess,
+        template=template,
+    )
+
+
+def _fingerprint(path: str, config: Any) -> str:
+    """Names the weights without reading gigabytes: a hub commit, or the files' names, sizes and times."""
+    import hashlib
+
+    if commit := getattr(config, "_commit_hash", None):
+        return commit
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _family_of(model_type: str, pretrained: str, expected: str | None) -> type[Family]:

@@ -25,12 +25,13 @@ class Prompt:
     Attributes:
         embeds: `(s, d)`.
         spans: `(start, stop)` of each image's rows, in order.
-        native: visual tokens before pruning, newlines not counted.
+        native, retained: visual tokens before and after pruning, newlines not counted.
     """
 
     embeds: Tensor
     spans: tuple[tuple[int, int], ...] = ()
     native: int = 0
+    retained: int = 0
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -72,10 +73,19 @@ class Family(ABC):
     single_repeats: ClassVar[int] = 1
     pad_token_id: ClassVar[int] = 0
 
-    def __init__(self, model: Any, processor: Any, *, pretrained: str, preprocess: str | None, template: str):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        pretrained: str,
+        fingerprint: str = "",
+        preprocess: str | None = None,
+        template: str = "checkpoint",
+    ):
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
-        self.pretrained = pretrained
+        self.pretrained, self.fingerprint = pretrained, fingerprint
         self.revision = getattr(model.config, "_commit_hash", None)
         self.preprocess = choose("preprocess", preprocess or self.preprocessing[0], self.preprocessing)
         self.template = choose("template", template, self.templates)
@@ -181,8 +191,9 @@ class Family(ABC):
             done, length = position + 1, start + len(image_rows)
             spans.append((start, length))
         rows.append(embeds[done:])
-        native = sum(image.native if isinstance(image, PackedImage) else len(image) for image in images)
-        return Prompt(torch.cat(rows), tuple(spans), native)
+        counted = [image for image in images if isinstance(image, PackedImage)]
+        native, retained = sum(image.native for image in counted), sum(image.retained for image in counted)
+        return Prompt(torch.cat(rows), tuple(spans), native, retained)
 
 
 def interleave(text: str, images: int) -> list[dict[str, str]]:

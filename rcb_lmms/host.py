@@ -1,0 +1,105 @@
+"""`lmms_eval`, the command people know: stock lmms-eval with our tasks on its include path and a true exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcb_lmms import errors
+from rcb_lmms.files import write_atomic
+from rcb_lmms.resources import data_dir
+
+if TYPE_CHECKING:
+    from rcb_lmms.models.ledger import RunRecord
+
+# The subcommands of lmms-eval that do not evaluate; they take no --include_path.
+OTHER_COMMANDS = {"tasks", "models", "ui", "serve", "power", "version", "tui", "mcp"}
+
+
+def main() -> None:
+    """Run lmms-eval on this process's arguments.
+
+    Exit status: 0 if every run wrote its results and every sample was answered, 1 if a run crashed or a sample failed,
+    2 for an error in the input.
+    """
+    evaluates = len(sys.argv) > 1 and sys.argv[1] not in OTHER_COMMANDS and not {"-h", "--help"} & set(sys.argv)
+    if not evaluates:
+        _dispatch()
+        return
+    errors.exit_at_once = True
+    with errors.exit_on_user_error():
+        if not {"--config", "--include_path"} & {argument.partition("=")[0] for argument in sys.argv}:
+            sys.argv += ["--include_path", str(data_dir("tasks"))]
+        started = time.time()
+        problems = _watch_errors()
+        try:
+            _dispatch()
+        except SystemExit as stop:
+            if stop.code:  # lmms-eval leaves with status 0 after some errors
+                raise
+    sys.exit(_status(started, problems))
+
+
+def _watch_errors() -> list[str]:
+    """Errors that lmms-eval logs and then forgets: a crashed run would leave with status 0."""
+    from loguru import logger
+
+    problems: list[str] = []
+
+    def watch(record) -> None:
+        if record["name"] == "lmms_eval.__main__" and record["level"].name == "ERROR":
+            problems.append(record["message"])
+
+    # lmms-eval removes the sinks it finds; a patcher outlives that.
+    logger.configure(patcher=watch)
+    return problems
+
+
+def _dispatch() -> None:
+    from lmms_eval.cli.dispatch import main as lmms_eval_main
+
+    lmms_eval_main()
+
+
+def _status(started: float, problems: list[str]) -> int:
+    from rcb_lmms.models.ledger import RUNS
+
+    if int(os.environ.get("RANK", 0)) != 0:
+        return 0
+    if output := _argument("--output_path"):
+        _complete_results(Path(output), started, [run for run in RUNS if run.totals])
+    for run in RUNS:
+        if run.failures:
+            first = run.failures[0]
+            problems.append(
+                f"{run.model}: {len(run.failures)} samples failed and are in no metric; the first: "
+                f"{first['task']} {first['doc_id']}: {first['error']}"
+            )
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _complete_results(output: Path, started: float, runs: list[RunRecord]) -> None:
+    """Add the run record to each results file of this process, under the key `rcb`."""
+    fresh = [file for file in output.rglob("*_results.json") if file.stat().st_mtime >= started]
+    for file in sorted(fresh, key=lambda file: file.stat().st_mtime):
+        results = json.loads(file.read_text())
+        record = next((run for run in runs if run.model == results["config"]["model"]), None)
+        if record is not None:
+            runs.remove(record)
+            write_atomic(file, json.dumps(results | {"rcb": asdict(record)}, indent=2))
+
+
+def _argument(name: str) -> str | None:
+    for position, argument in enumerate(sys.argv):
+        if argument == name and position + 1 < len(sys.argv):
+            return sys.argv[position + 1]
+        if argument.startswith(name + "="):
+            return argument.partition("=")[2]
+    return None

@@ -1,0 +1,287 @@
+"""The lmms-eval model all entries share: requests in, answers and a ledger out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from dataclasses import asdict, fields
+from typing import Any, ClassVar
+
+import torch
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from rcb_lmms.budget import layer_average
+from rcb_lmms.cost import DecoderShape
+from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.generation import generate, out_of_memory
+from rcb_lmms.errors import UserError, leave_with
+from rcb_lmms.families import Prompt, load_family
+from rcb_lmms.models.arguments import resolve
+from rcb_lmms.models.budgets import calibrate_requests
+from rcb_lmms.models.ledger import RUNS, RunRecord, VisualTokenCounts, report_metrics, summarize, versions
+from rcb_lmms.models.processes import gather, rank_and_size
+from rcb_lmms.models.questions import Generation, Question
+from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.pruners.fastv import FastV
+
+logger = logging.getLogger(__name__)
+
+# Batches whose prompts are made ready together, so that they can be sorted by length.
+WINDOW_BATCHES = 8
+
+
+class PrunedModel(lmms):
+    """A LLaVA model with visual token pruning, as lmms-eval wants it.
+
+    Without arguments an entry means the paper's setting: the family's public checkpoint, its released codebook and a
+    mean of 64 retained tokens per image, calibrated on the task at hand.
+
+    Raises:
+        UserError: unknown or contradictory arguments, a missing checkpoint or codebook, widths that do not fit.
+    """
+
+    is_simple = False
+    family_name: ClassVar[str]
+    method: ClassVar[str]
+
+    def __init__(self, **arguments: Any):
+        super().__init__()
+        with leave_with():
+            self.settings = resolve(self.family_name, self.method, arguments)
+            loading = dict(self.settings.loading)
+            rank, size = rank_and_size()
+            if size > 1 and torch.cuda.is_available():
+                loading["device"] = f"cuda:{rank % torch.cuda.device_count()}"
+            self.family = load_family(**loading)
+            codebook = getattr(self.settings.pruner, "codebook", None)
+            if codebook is not None:
+                codebook.check_width(self.family.width, self.family.pretrained)
+        self._device = self.family.device
+        self.shape = DecoderShape.of(self.family.model.config)
+        self.batch_size = self.settings.batch_size
+        self.encoder = ImageEncoder(self.family, self._needs())
+        self.rows: list[tuple[str, VisualTokenCounts]] = []
+        self.seconds = 0.0
+        self.run = RunRecord(
+            model=f"{self.family_name}_{'full' if self.method == 'none' else self.method}",
+            arguments={name: str(value) for name, value in arguments.items()},
+            resolved=self._resolved(),
+            versions=versions(),
+        )
+        RUNS.append(self.run)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the evaluator gathers on it."""
+        return self._device
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Refused: none of the benchmarks this package is for needs it, and the host cannot use it with chat models."""
+        raise _generation_only("loglikelihood")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Refused: see `loglikelihood`."""
+        raise _generation_only("generate_until_multi_round")
+
+    def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
+        """Answer all requests of a run, in any mixture of tasks.
+
+        A sample that cannot be answered is recorded as failed and taken out of the scoring; it never becomes an empty
+        answer that counts as wrong.
+
+        Raises:
+            UserError: the budget cannot be met, or not one sample could be answered.
+        """
+        with leave_with():
+            started = time.perf_counter()
+            questions = [Question.of(request, self.task_dict) for request in requests]
+            groups = _groups(questions)
+            pruners = {
+                task: self._pruner_for(task, [questions[index] for _, indices in own for index in indices])
+                for task, own in itertools.groupby(groups, key=lambda group: group[0][0])
+            }
+            answers: dict[int, GenerationResult] = {}
+            with tqdm(total=len(questions), desc="questions", unit="q", disable=self.rank != 0) as progress:
+                for (task, generation), indices in groups:
+                    step = WINDOW_BATCHES * self.batch_size
+                    for begin in range(0, len(indices), step):
+                        window = {index: questions[index] for index in indices[begin : begin + step]}
+                        answers |= self._answer_window(window, generation, pruners[task])
+                        progress.update(len(window))
+            self.seconds += time.perf_counter() - started
+            self._refuse_if_nothing_was_answered(len(questions))
+            return [answers[index] for index in range(len(questions))]
+
+    def _answer_window(
+        self, window: dict[int, Question], generation: Generation, pruner: Pruner
+    ) -> dict[int, GenerationResult]:
+        """Answers of a few batches of questions, by index."""
+        answers, loaded = {}, {}
+        for index, question in window.items():
+            try:
+                loaded[index] = question.load(self.family)
+            except Exception as error:
+                answers[index] = self._failed(question, error)
+        images = [image for _, own in loaded.values() for image in own]
+        keys = [self.family.key(image) for image in images]
+        packed = iter(self.encoder.packed(images, keys, pruner))
+        prompts = {
+            index: self.family.embed(self.family.chat(messages), list(itertools.islice(packed, len(own))))
+            for index, (messages, own) in loaded.items()
+        }
+        by_length = sorted(prompts, key=lambda index: len(prompts[index]))
+        size = 1 if generation.sampled else self.batch_size
+        for begin in range(0, len(by_length), size):
+            batch = {index: prompts[index] for index in by_length[begin : begin + size]}
+            answers |= self._answer_batch(batch, window, generation, pruner)
+        return answers
+
+    def _answer_batch(
+        self, batch: dict[int, Prompt], window: dict[int, Question], generation: Generation, pruner: Pruner
+    ) -> dict[int, GenerationResult]:
+        """Answers of one batch; halved where it fails, until it fits or the failing sample stands alone."""
+        layer_pruner = pruner if isinstance(pruner, FastV) else None
+        if generation.sampled:
+            torch.manual_seed(self._draw_seed(next(iter(batch.values()))))
+        try:
+            generated = generate(self.family, list(batch.values()), dict(generation.options), layer_pruner)
+        except UserError:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                (index,) = batch
+                return {index: self._failed(window[index], error)}
+            if out_of_memory(error):
+                self.batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+            items = list(batch.items())
+            middle = len(items) // 2
+            return self._answer_batch(dict(items[:middle]), window, generation, pruner) | self._answer_batch(
+                dict(items[middle:]), window, generation, pruner
+            )
+        answers = {}
+        for row, (index, prompt) in enumerate(batch.items()):
+            counts = self._counts(prompt, generated.output_tokens[row], layer_pruner)
+            if not window[index].padding:
+                self.rows.append((window[index].task, counts))
+            answers[index] = GenerationResult(generation.cut(generated.texts[row]), counts)
+        return answers
+
+    def _counts(self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None) -> VisualTokenCounts:
+        native, kept = prompt.native, prompt.retained
+        average, pruned = float(kept), (None, None)
+        if layer_pruner is not None and prompt.spans:
+            kept = layer_pruner.rank(native, self.shape.layers)
+            average = layer_average(kept, native, layer_pruner.layer, self.shape.layers)
+            pruned = (layer_pruner.layer, len(prompt) - native + kept)
+        return VisualTokenCounts(
+            input_tokens=len(prompt),
+            output_tokens=output_tokens,
+            visual_native=native,
+            visual_kept=kept,
+            visual_layer_average=average,
+            prefill_tflops=self.shape.prefill_flops(len(prompt), *pruned) / 1e12,
+        )
+
+    def _failed(self, question: Question, error: Exception) -> GenerationResult:
+        """Record a failure; without its document id, the evaluator leaves the sample out of every metric."""
+        doc_id = question.request.doc_id
+        row = {"task": question.task, "doc_id": doc_id, "error": f"{type(error).__name__}: {error}"}
+        logger.error("sample failed and is excluded: %s", row, exc_info=not isinstance(error, UserError))
+        if not question.padding:
+            self.run.failures.append(row)
+        question.request.doc_id = None
+        return GenerationResult("")
+
+    def _refuse_if_nothing_was_answered(self, asked: int) -> None:
+        if self.run.failures and not self.rows:
+            raise UserError(
+                wanted=f"answers to {asked} questions",
+                found=f"every one failed; the first: {self.run.failures[0]['error']}",
+                allowed="a run in which at least one sample can be answered",
+                next_step="mend the first failure and repeat the command",
+            )
+
+    def _draw_seed(self, prompt: Prompt) -> int:
+        # Drawn answers depend on the seed and the prompt, not on the order or the number of processes.
+        digest = hashlib.sha256(str(self.settings.seed).encode() + prompt.embeds.float().cpu().numpy().tobytes())
+        return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+    # Budgets
+
+    def _needs(self) -> frozenset[str]:
+        target = self.settings.target
+        baseline = target.baseline.needs if target is not None and target.baseline is not None else frozenset()
+        return self.settings.pruner.needs | baseline
+
+    def _pruner_for(self, task: str, questions: list[Question]) -> Pruner:
+        """The method, fitted to this task's images if the budget is a mean."""
+        target = self.settings.target
+        if target is None:
+            return self.settings.pruner
+        pruner, record, from_cache = calibrate_requests(self, task, questions, target)
+        self.run.calibrations[task] = {**asdict(record), "cached": from_cache}
+        return pruner
+
+    def _resolved(self) -> dict[str, Any]:
+        settings, codebook = self.settings, getattr(self.settings.pruner, "codebook", None)
+        return {
+            **{name: str(value) for name, value in settings.loading.items()},
+            "pruner": {
+                field.name: str(getattr(settings.pruner, field.name))
+                for field in fields(settings.pruner)
+                if field.name != "codebook"
+            },
+            "target": str(settings.target) if settings.target else None,
+            "codebook_sha256": codebook.sha256 if codebook is not None else None,
+            "revision": self.family.revision,
+            "fingerprint": self.family.fingerprint,
+            "preprocess": self.family.preprocess,
+            "template": self.family.template,
+            "dtype": str(self.family.dtype),
+            "device": str(self.family.device),
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+        }
+
+    def clean(self) -> None:
+        """Gather what all processes did, report it once, and free the model."""
+        every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images))
+        rows = [row for own, _, _, _ in every for row in own]
+        self.run.failures = [failure for _, own, _, _ in every for failure in own]
+        seconds = max(own for _, _, own, _ in every)
+        self.run.achieved = summarize(rows)
+        self.run.totals = {
+            "questions": len(rows),
+            "failed_samples": len(self.run.failures),
+            "images_encoded": sum(own for _, _, _, own in every),
+            "seconds": seconds,
+            "questions_per_second": len(rows) / seconds if seconds else 0.0,
+        }
+        if self.rank == 0 and rows:
+            report_metrics(self.run, rows)
+        # The host deletes modules it finds on this object; ours hang below it.
+        self.family = self.encoder = None
+        super().clean()
+
+
+def _groups(questions: list[Question]) -> list[tuple[tuple[str, Generation], list[int]]]:
+    """Indices of questions that may share a batch, tasks together, in the order of appearance."""
+    groups: dict[tuple[str, Generation], list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault((question.task, question.generation), []).append(index)
+    order = {task: position for position, task in enumerate(dict.fromkeys(question.task for question in questions))}
+    return sorted(groups.items(), key=lambda group: order[group[0][0]])
+
+
+def _generation_only(name: str) -> UserError:
+    return UserError(
+        wanted=f"{name} requests",
+        found="a model that generates answers",
+        allowed="tasks with output_type generate_until",
+        next_step="choose the generating variant of the task (seedbench rather than seedbench_ppl)",
+    )

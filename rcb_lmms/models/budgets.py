@@ -1,0 +1,78 @@
+"""Calibration over the very requests of a task, wherever they are spread."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms import calibrate
+from rcb_lmms.models.processes import gather
+from rcb_lmms.models.questions import Question
+from rcb_lmms.pruners.base import Pruner
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from rcb_lmms.models.arguments import Target
+    from rcb_lmms.models.base import PrunedModel
+
+
+def calibrate_requests(
+    model: PrunedModel, task: str, questions: list[Question], target: Target
+) -> tuple[Pruner, calibrate.Calibration, bool]:
+    """Fit the entry's method to a task's requests; every process gets the same result.
+
+    Returns:
+        The fitted method, the record, and whether it came from the cache.
+    """
+    own = [question for question in questions if not question.padding]
+    keys = [_keys(model, question) for question in own]
+    weights = Counter(key for of_question in keys for key in of_question)
+    identity = {
+        "task": task,
+        "data": (data := calibrate.data_hash(sum(gather(weights), Counter()))),
+        "target": str(target),
+        "pruner": model.run.resolved["pruner"],
+        **{
+            name: model.run.resolved[name]
+            for name in ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype")
+        },
+    }
+    pruner = model.settings.pruner
+    if all(gather((record := calibrate.cached(identity)) is not None)):
+        return calibrate.with_parameters(pruner, record.fitted), record, True
+    pruners = {"method": pruner} | ({"baseline": target.baseline} if target.baseline is not None else {})
+    scores = calibrate.score_pass(model.encoder, pruners, _images(model, own, keys), weights)
+    scores = calibrate.ScorePass().merge(gather(scores))
+    if target.baseline is not None:
+        tokens = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])
+    else:
+        tokens = target.tokens if target.tokens is not None else target.ratio * scores.mean(scores.natives)
+    fitted, record = calibrate.fit(pruner, scores, "method", tokens, data)
+    if model.rank == 0:
+        calibrate.remember(identity, record)
+    return fitted, record, False
+
+
+def _keys(model: PrunedModel, question: Question) -> list[str]:
+    return [model.family.key(image) for image in _opened(model, question)]
+
+
+def _opened(model: PrunedModel, question: Question) -> list[Any]:
+    try:
+        return question.load(model.family)[1]
+    except Exception:
+        # The same failure is met, recorded and reported when the question is to be answered.
+        return []
+
+
+def _images(model: PrunedModel, questions: list[Question], keys: list[list[str]]) -> Iterator[tuple[str, Image]]:
+    """Each distinct image once, opened again when its turn comes: a benchmark does not fit into memory."""
+    seen: set[str] = set()
+    for question, of_question in zip(questions, keys, strict=True):
+        if not seen.issuperset(of_question):
+            for key, image in zip(of_question, _opened(model, question), strict=True):
+                if key not in seen:
+                    seen.add(key)
+                    yield key, image

@@ -1,0 +1,109 @@
+"""What a run did, sample by sample and as a whole; and what the console scripts need to know of it afterwards."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmms_eval.api.instance import TokenCounts
+
+from rcb_lmms.resources import source_version
+
+# Runs of this process, for the console scripts: they complete the results file and set the exit status.
+RUNS: list[RunRecord] = []
+
+
+@dataclass
+class VisualTokenCounts(TokenCounts):
+    """lmms-eval's token counts with the visual tokens and the prefill's cost beside them."""
+
+    visual_native: int = 0
+    visual_kept: int = 0
+    visual_layer_average: float = 0.0
+    prefill_tflops: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it appears in the samples file."""
+        return super().to_dict() | {
+            "visual_native": self.visual_native,
+            "visual_kept": self.visual_kept,
+            "visual_layer_average": round(self.visual_layer_average, 3),
+            "prefill_tflops": float(f"{self.prefill_tflops:.6g}"),
+        }
+
+
+@dataclass
+class RunRecord:
+    """One run of an entry.
+
+    Attributes:
+        model: entry id.
+        arguments: model_args as given; `resolved` as used.
+        calibrations: per task, target, achieved and fitted parameter.
+        achieved: per task, mean retained, native and layer-averaged visual tokens per question, and their spread.
+        failures: `{task, doc_id, error}` of every sample that could not be answered; none of them is scored.
+        totals: questions, images encoded, seconds.
+    """
+
+    model: str
+    arguments: dict[str, Any]
+    resolved: dict[str, Any]
+    versions: dict[str, str | None]
+    calibrations: dict[str, Any] = field(default_factory=dict)
+    achieved: dict[str, Any] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on, and the commit of a source checkout (`+` if it has changes)."""
+    names = ("lmms_eval", "torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
+    source = source_version()
+    return {
+        "rcb_lmms": source["version"],
+        "commit": source["commit"],
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, float]]:
+    """Per task: means and spread of the samples' visual tokens and prefill cost."""
+    import numpy as np
+
+    tasks: dict[str, list[VisualTokenCounts]] = {}
+    for task, counts in rows:
+        tasks.setdefault(task, []).append(counts)
+    summary = {}
+    for task, samples in tasks.items():
+        kept = np.array([sample.visual_kept for sample in samples], dtype=float)
+        summary[task] = {
+            "samples": len(samples),
+            "native_visual_tokens": float(np.mean([sample.visual_native for sample in samples])),
+            "retained_visual_tokens": float(kept.mean()),
+            "retained_std": float(kept.std()),
+            "retained_min": float(kept.min()),
+            "retained_median": float(np.median(kept)),
+            "retained_max": float(kept.max()),
+            "layer_average_visual_tokens": float(np.mean([sample.visual_layer_average for sample in samples])),
+            "prefill_tflops": float(np.mean([sample.prefill_tflops for sample in samples])),
+        }
+    return summary
+
+
+def report_metrics(run: RunRecord, rows: list[tuple[str, VisualTokenCounts]]) -> None:
+    """Put a run's numbers into lmms-eval's throughput summary, under `avg_<task>/...`."""
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+    numbers: dict[str, float] = {f"{task}/{name}": value for task, own in run.achieved.items() for name, value in own.items()}
+    for task, record in run.calibrations.items():
+        numbers[f"{task}/target_visual_tokens"] = record["target"]
+        numbers |= {f"{task}/{name}": value for name, value in record["fitted"].items()}
+    generated = sum(counts.output_tokens or 0 for _, counts in rows)
+    seconds = run.totals["seconds"]
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=generated,
+        avg_speed=generated / seconds if seconds else 0.0,
+        additional_metrics=numbers | run.totals,
+    )
