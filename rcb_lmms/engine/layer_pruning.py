@@ -1,8 +1,8 @@
 """Pruning between two layers of a decoder, on one model instance, through hooks that leave with the `with` block.
 
-The decoder runs its first `layer` layers on the whole prompt. The attention of the last prompt token in the last of them
-scores the candidates (FastV's visual tokens); the later layers see, and cache, only what stays. Tokens keep the rotary
-positions that they had, so the later layers' caches are shorter but speak of the same places.
+The decoder runs its first `layer` layers on the whole prompt. The attention of the last prompt token in the last of
+them scores the candidates (FastV's visual tokens); the later layers see, and cache, only what stays. Tokens keep the
+rotary positions that they had, so the later layers' caches are shorter but speak of the same places.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rcb_lmms.engine.layer_inputs import (
+    Span,
+    candidates,
+    check_decoder,
+    check_inputs,
+    check_left_padding,
+    counts,
+    find_decoder,
+)
 from rcb_lmms.errors import UserError
-
-Span = tuple[int, int]
 
 
 @contextlib.contextmanager
@@ -50,8 +57,8 @@ def prune_at_layer(
         UserError: here for `layer`, `mode` or an unknown decoder; in the forward pass for spans, counts, masks and
             caches that do not fit.
     """
-    decoder = _find_decoder(model)
-    _check(decoder, layer, mode)
+    decoder = find_decoder(model)
+    check_decoder(decoder, layer, mode)
     pruning = LayerPruning(decoder, layer, keep, spans, mode)
     outer = _active_on(decoder)
     try:
@@ -110,7 +117,7 @@ class LayerPruning:
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
-        _check_inputs(mask, cache)
+        check_inputs(mask, cache)
         if cache is None or cache.get_seq_length() == 0:
             self._start(mask)
             return
@@ -131,14 +138,15 @@ class LayerPruning:
         batch, self._length = hidden.shape[:2]
         if self._padding is None:
             self._padding = torch.ones(batch, self._length, dtype=torch.bool)
-        candidates = _candidates(self._spans, self._padding)
+        check_left_padding(self._padding)
+        where_each = candidates(self._spans, self._padding)
         row = last_row_attention(attention, hidden, kwargs["position_embeddings"], self._padding).cpu()
-        self.scores = [scores[where] for scores, where in zip(row, candidates, strict=True)]
+        self.scores = [scores[where] for scores, where in zip(row, where_each, strict=True)]
         self.kept = [
             where[scores.argsort(descending=True, stable=True)[:count]].sort().values
-            for scores, where, count in zip(self.scores, candidates, _counts(self._keep, candidates), strict=True)
+            for scores, where, count in zip(self.scores, where_each, counts(self._keep, where_each), strict=True)
         ]
-        self._plan(candidates)
+        self._plan(where_each)
 
     def _plan(self, candidates: list[Tensor]) -> None:
         """Which positions the later layers see: padding and pruned candidates go, rows are left-padded again."""
@@ -244,122 +252,6 @@ def _mask(keys: Tensor, valid: Tensor, queries: Tensor, hidden: Tensor, implemen
     if implementation == "sdpa":
         return allowed
     return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
-
-
-def _candidates(spans: Any, valid: Tensor) -> list[Tensor]:
-    """Every row's candidate positions, ascending."""
-    batch, length = valid.shape
-    if _is_span(spans):
-        spans = [spans] * batch
-    if len(spans) != batch:
-        raise UserError(
-            wanted="candidates for every row of the batch",
-            found=f"spans for {len(spans)} rows, a batch of {batch}",
-            allowed=f"one (start, stop), or {batch} entries",
-            next_step="give one entry per row; an empty list for a row without candidates",
-        )
-    rows = []
-    for row, entry in enumerate(spans):
-        inside = torch.zeros(length, dtype=torch.bool)
-        for start, stop in [entry] if _is_span(entry) else entry:
-            if not 0 <= start <= stop <= length or not valid[row, start:stop].all():
-                padding = int((~valid[row]).sum())
-                raise UserError(
-                    wanted=f"candidates {start} to {stop} in row {row}",
-                    found=f"a prompt of {length} positions, of which {padding} are padding",
-                    allowed=f"positions {padding} to {length}",
-                    next_step="count spans in the padded sequence",
-                )
-            inside[start:stop] = True
-        rows.append(inside.nonzero().squeeze(1))
-    return rows
-
-
-def _is_span(entry: Any) -> bool:
-    return len(entry) == 2 and all(isinstance(end, int) for end in entry)
-
-
-def _counts(keep: int | Sequence[int], candidates: list[Tensor]) -> list[int]:
-    counts = [keep] * len(candidates) if isinstance(keep, int) else list(keep)
-    sizes = [len(where) for where in candidates]
-    if len(counts) != len(sizes) or any(not 0 <= count <= size for count, size in zip(counts, sizes, strict=False)):
-        raise UserError(
-            wanted=f"{keep} retained tokens per row",
-            found=f"rows of {', '.join(map(str, sizes))} candidates",
-            allowed="for every row, 0 up to its candidates",
-            next_step="lower the budget, or give one number per row",
-        )
-    return counts
-
-
-def _find_decoder(model: nn.Module) -> nn.Module:
-    decoder = model
-    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-        if inner is decoder:
-            raise UserError(
-                wanted="a decoder whose layers can be pruned",
-                found=type(model).__name__,
-                allowed="Llama- or Qwen2-like decoders, and models that have one behind get_decoder()",
-                next_step="prune before the language model instead (rcb, prumerge, random)",
-            )
-        decoder = inner
-    return decoder
-
-
-def _check(decoder: nn.Module, layer: int, mode: str) -> None:
-    layers = decoder.layers
-    if not 1 <= layer < len(layers):
-        raise UserError(
-            wanted=f"pruning behind layer {layer}",
-            found=f"a decoder of {len(layers)} layers",
-            allowed=f"1 to {len(layers) - 1} full layers, so that one gives the scores and one is spared",
-            next_step="layer=2 is FastV's choice",
-        )
-    if mode not in ("drop", "mask"):
-        raise UserError(wanted="a way of pruning", found=mode, allowed="drop, mask", next_step="mode=drop")
-    attention = getattr(layers[layer - 1], "self_attn", None)
-    if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
-        raise UserError(
-            wanted="attention with separate query and key projections",
-            found=type(attention).__name__,
-            allowed="Llama- or Qwen2-like decoders",
-            next_step="prune before the language model instead (rcb, prumerge, random)",
-        )
-    implementation = decoder.config._attn_implementation
-    kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
-    if implementation not in ("sdpa", "eager") or kinds != {"full_attention"}:
-        raise UserError(
-            wanted="masks that can be rebuilt for the remaining tokens",
-            found=f"{implementation} attention of kind {', '.join(sorted(kinds))}",
-            allowed="sdpa or eager, full attention in every layer",
-            next_step="load the model with attn_implementation=sdpa",
-        )
-
-
-def _check_inputs(mask: Any, cache: Any) -> None:
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        found = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise UserError(
-            wanted="an attention mask that says which positions are padding",
-            found=f"a prepared mask ({found})",
-            allowed="a mask (batch, positions), or none, with a dynamic cache",
-            next_step="pass the tokenizer's attention_mask, and no static cache",
-        )
-    if mask is not None and not mask[:, -1].all():
-        raise UserError(
-            wanted="the last prompt token at the end of every row",
-            found="rows that end in padding",
-            allowed="left padding",
-            next_step="tokenizer.padding_side = 'left'",
-        )
-    if cache is not None and cache.is_compileable:
-        raise UserError(
-            wanted="a cache whose layers may differ in length",
-            found=type(cache).__name__,
-            allowed="DynamicCache, or none",
-            next_step="leave cache_implementation out",
-        )
 
 
 def _active_on(decoder: nn.Module) -> LayerPruning | None:

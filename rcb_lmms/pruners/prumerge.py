@@ -67,6 +67,10 @@ class PruMerge(Pruner):
         check_needs(view, self)
         return torch.tensor([count_outliers(view.cls_attention), len(view)], dtype=torch.float32)
 
+    def retained(self, evidence: Any) -> int:
+        """Tokens that `select` leaves of a view with this evidence, the residual token included."""
+        return self._count(*(int(number) for number in evidence)) + 1
+
     def fit(self, evidence: list[Any], weights: list[float], target: float) -> PruMerge:
         """The `scale` at which the weighted mean of retained tokens per view, residual included, is nearest `target`.
 
@@ -118,13 +122,13 @@ class PruMerge(Pruner):
             )
         return count - 1
 
-    def _adaptive(self, attention: Tensor) -> int:
-        """Centres by outliers, at least one, and leaving a token for the residual."""
-        return max(1, min(len(attention) - 1, round(self.scale * count_outliers(attention))))
+    def _count(self, outliers: int, native: int) -> int:
+        """Centres: what the budget asks for, or as many as outliers, at least one, leaving one for the residual."""
+        return self._fixed(native) or max(1, min(native - 1, round(self.scale * outliers)))
 
     def _centres(self, attention: Tensor) -> Tensor:
         """Centres in the official order, `(k,)` int64."""
-        count = self._fixed(len(attention)) or self._adaptive(attention)
+        count = self._count(count_outliers(attention), len(attention))
         return attention.argsort(descending=True, stable=True)[:count]
 
 
@@ -144,6 +148,11 @@ class PruMergePlus(PruMerge):
         """Nothing: a mean budget is met by a count."""
         return None
 
+    def retained(self, evidence: Any) -> int:
+        """The count of a fixed budget; else the evidence, a count that was measured."""
+        fixed = self.budget is not None and self.budget.kind == "tokens"
+        return int(self.budget.value if fixed else evidence[0])
+
     def fit(self, evidence: list[Any], weights: list[float], target: float) -> PruMergePlus:
         """The same method at a fixed count, `target` rounded: its grid has no scale that moves in small steps."""
         return replace(self, budget=Budget.tokens(round(target)))
@@ -153,8 +162,7 @@ class PruMergePlus(PruMerge):
 
         native = len(attention)
         fixed = self._fixed(native)
-        outliers = self._adaptive(attention)
-        outliers = outliers if fixed is None else min(outliers, fixed)
+        outliers = max(1, min(fixed or native - 1, round(self.scale * count_outliers(attention))))
         ranked = attention.argsort(descending=True, stable=True)[:outliers]
         free = torch.ones(native, dtype=torch.bool, device=attention.device)
         free[ranked] = False

@@ -73,11 +73,10 @@ class RCB(Pruner):
         """
         check_budget(self, "threshold", "tokens", "ratio")
         redundancy = self.redundancy(view)
-        passing = self._passing(redundancy)
-        count = max(passing, min(self.min_keep, len(view)))
-        # Both rules keep a beginning of this order, so that a count says everything.
+        count = self.retained(redundancy)
+        # Every rule keeps a beginning of this order, so that a count says everything.
         kept = redundancy.argsort(stable=True)[:count].sort().values
-        return Selection(kept, -redundancy, forced=count - passing)
+        return Selection(kept, -redundancy, forced=count - self._passing(redundancy))
 
     def redundancy(self, view: VisualTokens) -> Tensor:
         """The redundancy of every token, `(n,)` float32, at most 1; needs no budget.
@@ -101,6 +100,12 @@ class RCB(Pruner):
     def evidence(self, view: VisualTokens) -> Tensor:
         """The redundancy of every token, `(n,)` float32, on the CPU."""
         return self.redundancy(view).cpu()
+
+    def retained(self, evidence: Any) -> int:
+        """Tokens that `select` keeps of a view with these redundancies `(n,)`, those of `min_keep` included."""
+        import torch
+
+        return max(self._passing(torch.as_tensor(evidence)), min(self.min_keep, len(evidence)))
 
     def fit(self, evidence: list[Any], weights: list[float], target: float) -> RCB:
         """The threshold at which the weighted mean of retained tokens per view is nearest to `target`.
@@ -150,37 +155,24 @@ class RCB(Pruner):
         """Unit prototypes `(m, d)` where the view is, in the dtype of the scores."""
         import torch
 
-        raw = self.codebook.prototypes
-        if raw.shape[1] != view.features.shape[1]:
-            made_for = getattr(self.codebook, "meta", None) or {}
-            raise UserError(
-                wanted=f"a codebook for a language model of width {view.features.shape[1]}, the model in use",
-                found=f"prototypes of width {raw.shape[1]}, made for {made_for.get('model', 'an unnamed model')}",
-                allowed="a codebook made for the model in use",
-                next_step="`rcb list` shows the codebooks at hand; `rcb codebook build` makes one",
-            )
-        place = (view.features.device, self.score_dtype)
+        self.codebook.check_width(view.features.shape[1], "the model in use")
+        place = view.features.device
         if place not in self._placed:
-            self._placed[place] = unit_rows(raw.detach().to(place[0], getattr(torch, self.score_dtype)))
+            # Cast first, as released: rows normalised in float32 would differ in float16's last digit.
+            self._placed[place] = unit_rows(self.codebook.prototypes.to(place, getattr(torch, self.score_dtype)))
         return self._placed[place]
 
     @cached_property
-    def _placed(self) -> dict[tuple[Any, str], Tensor]:
+    def _placed(self) -> dict[Any, Tensor]:
         return {}
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows `(n, d)` scaled to length 1; a row of zeros stays one."""
-    from torch.nn.functional import normalize
-
-    # The official epsilon is nothing in float16, where a row of zeros would become NaN.
-    return normalize(rows, dim=1, eps=max(1e-12, _least(rows)))
-
-
-def _least(rows: Tensor) -> float:
     import torch
 
-    return torch.finfo(rows.dtype).smallest_normal
+    # The official epsilon is nothing in float16, where a row of zeros would become NaN.
+    return torch.nn.functional.normalize(rows, dim=1, eps=max(1e-12, torch.finfo(rows.dtype).smallest_normal))
 
 
 def check_target(target: float, native: float, over: str) -> None:
