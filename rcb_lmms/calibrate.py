@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.engine.encoding import ImageEncoder, select
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
-from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.pruners.base import Pruner, check_needs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ class ScorePass:
     """What one pass over the images leaves behind, per view; mergeable between processes.
 
     Attributes:
-        evidence: per method, one `(e,)` array per view: what `Pruner.fit` reads, or the count the method retains.
+        evidence: per name, one `(e,)` array per view: what `Pruner.fit` reads, or a baseline's count.
         weights: questions asked about each view.
         natives: visual tokens of each view.
     """
@@ -57,27 +57,35 @@ class ScorePass:
 
 def score_pass(
     encoder: ImageEncoder,
-    pruners: Mapping[str, Pruner],
+    methods: Mapping[str, Pruner],
+    baselines: Mapping[str, Pruner],
     images: Iterable[tuple[str, Image]],
     weights: Mapping[str, float],
 ) -> ScorePass:
-    """Run images through the vision tower once and keep what each of `pruners` needs of them.
+    """Run images through the vision tower once and keep what calibration needs of them.
 
     Args:
         encoder: filled for the union of the pruners' needs.
-        pruners: by the names under which their evidence is kept.
+        methods: whose evidence is kept, under these names, to be fitted.
+        baselines: whose retained tokens are counted, under these names, to be matched.
         images: `(content key, opened image)`, each once.
         weights: questions asked about each image, by key.
     """
-    result = ScorePass({name: [] for name in pruners})
+    import numpy as np
+
+    result = ScorePass({name: [] for name in (*methods, *baselines)})
     batch: list[tuple[str, Image]] = []
 
     def flush() -> None:
         keys = [key for key, _ in batch]
         for key, views in zip(keys, encoder.views([image for _, image in batch], keys), strict=True):
             for view in views:
-                for name, pruner in pruners.items():
-                    result.evidence[name].append(_evidence(pruner, view))
+                for name, pruner in methods.items():
+                    check_needs(view, pruner)
+                    result.evidence[name].append(pruner.evidence(view).float().cpu().numpy())
+                for name, pruner in baselines.items():
+                    (selection,) = select(pruner, [view])
+                    result.evidence[name].append(np.array([len(selection)], dtype=np.float32))
                 result.weights.append(weights[key])
                 result.natives.append(len(view))
         batch.clear()
@@ -89,14 +97,6 @@ def score_pass(
     if batch:
         flush()
     return result
-
-
-def _evidence(pruner: Pruner, view: Any) -> np.ndarray:
-    import numpy as np
-
-    if pruner.budget is None or pruner.budget.kind == "adaptive" or (evidence := pruner.evidence(view)) is None:
-        return np.array([len(select(pruner, [view])[0])], dtype=np.float32)
-    return evidence.float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -217,3 +217,43 @@ def remember(key: Mapping[str, Any], calibration: Calibration) -> Path:
 def _cache_path(key: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "calibration" / f"{name}.json"
+
+
+def calibrate_images(
+    pretrained: str,
+    paths: Sequence[Path],
+    *,
+    keep: float = 64,
+    match: str | None = None,
+    codebook: str | None = None,
+    preprocess: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """RCB's threshold for a mean of `keep` tokens per view, or for a baseline's mean, over image files.
+
+    Raises:
+        UserError: an unreadable image, a missing codebook, or a budget the images cannot meet.
+    """
+    from rcb_lmms.budget import Budget
+    from rcb_lmms.families import default_codebook, load_family
+    from rcb_lmms.pruners import make_pruner
+
+    family = load_family(pretrained, preprocess=preprocess, device=device, dtype=dtype)
+    pruner = make_pruner("rcb", codebook=codebook or default_codebook(family.name, pretrained))
+    pruner.codebook.check_width(family.width, pretrained)
+    baselines = {} if match is None else {"baseline": make_pruner(match, budget=Budget.adaptive())}
+    needs = pruner.needs.union(*(baseline.needs for baseline in baselines.values()))
+    weights: dict[str, float] = {}
+
+    def distinct() -> Iterator[tuple[str, Image]]:
+        for path in paths:
+            image = family.open(path)
+            if (key := family.key(image)) not in weights:
+                weights[key] = 1.0
+                yield key, image
+
+    scores = score_pass(ImageEncoder(family, needs), {"method": pruner}, baselines, distinct(), weights)
+    if match is not None:
+        keep = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])
+    return asdict(fit(pruner, scores, "method", keep, data_hash(weights))[1])

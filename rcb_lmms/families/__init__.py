@@ -25,6 +25,21 @@ def family_class(name: str) -> type[Family]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def default_codebook(family: str, pretrained: str) -> str:
+    """Id of the codebook an entry means when it names none: the laboratory's or the family's released one."""
+    return f"lab-{family.replace('_', '-')}" if pretrained == "lab" else family_class(family).codebook
+
+
+def family_of(pretrained: str) -> str:
+    """Name of a checkpoint's family, read from its configuration alone.
+
+    Raises:
+        UserError: no such checkpoint, or one of another architecture.
+    """
+    path, options = _locate(pretrained, "llava")
+    return _family_of(_config(path, options, pretrained).model_type, pretrained, None).name
+
+
 def load_family(
     pretrained: str,
     *,
@@ -47,20 +62,14 @@ def load_family(
         UserError: no such checkpoint, another architecture, or an unknown choice.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
-    if pretrained == "lab":
-        from rcb_lmms.lab.checkpoint import lab_checkpoint
-
-        path, revision = str(lab_checkpoint(family or "llava")), None
-    else:
-        path, _, revision = pretrained.partition("@") if not os.path.isdir(pretrained) else (pretrained, "", "")
+    path, options = _locate(pretrained, family or "llava")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"revision": revision} if revision else {}
+    config = _config(path, options, pretrained)
+    chosen = _family_of(config.model_type, pretrained, family)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        chosen = _family_of(config.model_type, pretrained, family)
         if device == "cpu":
             transformers_logging.disable_progress_bar()
         model = AutoModelForImageTextToText.from_pretrained(
@@ -89,6 +98,27 @@ def _fingerprint(path: str, config: Any) -> str:
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
     parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _locate(pretrained: str, family: str) -> tuple[str, dict[str, str]]:
+    """Path or hub id, and loading options."""
+    if pretrained == "lab":
+        from rcb_lmms.lab.checkpoint import lab_checkpoint
+
+        return str(lab_checkpoint(family)), {}
+    if os.path.isdir(pretrained):
+        return pretrained, {}
+    path, _, revision = pretrained.partition("@")
+    return path, {"revision": revision} if revision else {}
+
+
+def _config(path: str, options: dict[str, str], pretrained: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(pretrained, error) from error
 
 
 def _family_of(model_type: str, pretrained: str, expected: str | None) -> type[Family]:

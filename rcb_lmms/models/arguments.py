@@ -8,7 +8,7 @@ from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
-from rcb_lmms.families import family_class
+from rcb_lmms.families import default_codebook, family_class
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 
@@ -78,8 +78,7 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     if "seed" in _field_names(method):
         chosen["seed"] = seed
     if "codebook" in options:
-        default = f"lab-{family.replace('_', '-')}" if loading["pretrained"] == "lab" else family_class(family).codebook
-        chosen.setdefault("codebook", default)
+        chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
     given = {name: arguments[name] for name in budgets if name in arguments}
     budget, target = _budget(method, given, chosen)
     pruner = make_pruner(method, budget=budget, **chosen)

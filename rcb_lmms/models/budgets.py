@@ -42,8 +42,8 @@ def calibrate_requests(
     pruner = model.settings.pruner
     if all(gather((record := calibrate.cached(identity)) is not None)):
         return calibrate.with_parameters(pruner, record.fitted), record, True
-    pruners = {"method": pruner} | ({"baseline": target.baseline} if target.baseline is not None else {})
-    scores = calibrate.score_pass(model.encoder, pruners, _images(model, own, keys), weights)
+    baselines = {} if target.baseline is None else {"baseline": target.baseline}
+    scores = calibrate.score_pass(model.encoder, {"method": pruner}, baselines, _images(model, own, keys), weights)
     scores = calibrate.ScorePass().merge(gather(scores))
     if target.baseline is not None:
         tokens = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])

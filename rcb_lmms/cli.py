@@ -1,0 +1,196 @@
+"""The `rcb` command. Thin: every command imports what it needs, so that `rcb --help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rcb_lmms.errors import UserError, exit_on_user_error
+
+app = typer.Typer(
+    help="Evaluate visual token pruning on the LLaVA family, through stock lmms-eval, at matched budgets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
+lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, check it.", no_args_is_help=True)
+app.add_typer(codebook_app, name="codebook")
+app.add_typer(lab_app, name="lab")
+
+Device = Annotated[Optional[str], typer.Option(help="Torch device; cuda if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Batch = Annotated[int, typer.Option(help="Per forward pass.", min=1)]
+Preprocess = Annotated[Optional[str], typer.Option(help="Image preset: rcb (the paper's) or the family's own.")]
+Pretrained = Annotated[str, typer.Option(help="lab, a folder, or a Hugging Face id.")]
+
+
+def main() -> None:
+    """Entry point: errors in the input end in four lines and status 2."""
+    with exit_on_user_error():
+        app()
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for records, samples, table and pictures.")] = Path("quickstart"),
+) -> None:
+    """Compare all methods on the laboratory model: one table, one plot, pictures of kept tokens. About five minutes."""
+    from rcb_lmms.quickstart import quickstart as run
+
+    run(out)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: what is there, what is missing, what that costs and how to mend it."""
+    from rcb_lmms.doctor import main as run
+
+    raise typer.Exit(run())
+
+
+@app.command("list")
+def list_entries() -> None:
+    """Models, pruning methods and codebooks by name."""
+    from rcb_lmms.codebook.cards import cards
+    from rcb_lmms.models import ENTRIES
+
+    typer.echo("models for lmms_eval --model:")
+    for family, methods in ENTRIES.items():
+        typer.echo("  " + "  ".join(f"{family}_{method}" for method in methods))
+    typer.echo("codebooks for codebook=:")
+    for card in cards().values():
+        typer.echo(f"  {card.id:<28} {card.model}")
+
+
+@app.command()
+def calibrate(
+    model: Pretrained,
+    images: Annotated[Path, typer.Option(help="Folder of images: the data set by which the budget is met.")],
+    keep: Annotated[float, typer.Option(help="Mean retained visual tokens per view.")] = 64,
+    match: Annotated[Optional[str], typer.Option(help="Match a baseline instead: prumerge, prumerge_plus.")] = None,
+    codebook: Annotated[Optional[str], typer.Option(help="File or id; by default the model's.")] = None,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    out: Annotated[Optional[Path], typer.Option(help="Write the record here as JSON.")] = None,
+) -> None:
+    """Find RCB's threshold for a budget on a folder of images: one vision-only pass, no language model."""
+    from rcb_lmms.calibrate import calibrate_images
+
+    record = calibrate_images(
+        model,
+        find_images(images),
+        keep=keep,
+        match=match,
+        codebook=codebook,
+        preprocess=preprocess,
+        device=device,
+        dtype=dtype,
+    )
+    for name, value in record.items():
+        typer.echo(f"{name:<10} {value}")
+    if out is not None:
+        import json
+
+        from rcb_lmms.files import write_atomic
+
+        typer.echo(f"wrote {write_atomic(out, json.dumps(record, indent=1))}")
+    typer.echo(f"next: lmms_eval --model ..._rcb --model_args threshold={record['fitted']['threshold']:.6g},...")
+
+
+@app.command()
+def show(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Pretrained = "lab",
+    keep: Annotated[int, typer.Option(help="Retained visual tokens per image.")] = 36,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rcb,prumerge,prumerge_plus,random",
+    codebook: Annotated[Optional[str], typer.Option(help="File or id; by default the model's.")] = None,
+    preprocess: Preprocess = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("kept_tokens.png"),
+) -> None:
+    """Draw which visual tokens each method keeps, on the original images."""
+    from rcb_lmms.budget import Budget
+    from rcb_lmms.families import default_codebook, load_family
+    from rcb_lmms.pruners import make_pruner
+    from rcb_lmms.report.pictures import kept_tokens_picture
+
+    family = load_family(model, preprocess=preprocess)
+    own = {"rcb": {"codebook": codebook or default_codebook(family.name, model)}}
+    pruners = {
+        name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")
+    }
+    kept_tokens_picture(family, pruners, [family.open(image) for image in images], out)
+    typer.echo(f"wrote {out}")
+
+
+@codebook_app.command("build")
+def codebook_build(
+    model: Pretrained,
+    images: Annotated[Path, typer.Option(help="Folder of images, taken in the order of their names.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors to write; statistics go to OUT.stats.")],
+    preset: Annotated[Optional[str], typer.Option(help="official, paper, paper_literal or lab.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first images.")] = None,
+    setting: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE, e.g. tau_prob=0.1; repeatable.")] = None,
+    rethreshold: Annotated[bool, typer.Option(help="Only choose again from stored statistics; no model.")] = False,
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Make a codebook from images. Killed at any moment, the same command continues."""
+    from rcb_lmms.codebook import build
+    from rcb_lmms.codebook.settings import parse_changes, settings_for
+    from rcb_lmms.families import family_of, load_family
+
+    preset = preset or ("lab" if model == "lab" else "official")
+    settings = settings_for(family_of(model), preset, **parse_changes(setting or []))
+    if rethreshold:
+        made = build.threshold(Path(f"{out}.stats"), settings, name=out.stem)
+        made.save(out)
+    else:
+        family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
+        made = build.build(family, find_images(images)[:limit], out, settings, batch_size=batch_size)
+    typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
+    typer.echo(f"next: rcb codebook show {out}")
+
+
+@codebook_app.command("import")
+def codebook_import(
+    file: Annotated[Path, typer.Argument(help="A .pt file of the released codebooks.")],
+    out: Annotated[Optional[Path], typer.Option(help="The .safetensors; by default where its id finds it.")] = None,
+) -> None:
+    """Convert a released tensor file, verified by its git blob id."""
+    from rcb_lmms.codebook.cards import import_upstream
+
+    typer.echo(f"wrote {import_upstream(file, out)}")
+
+
+@codebook_app.command("show")
+def codebook_show(codebook: Annotated[str, typer.Argument(help="File or id.")]) -> None:
+    """Print a codebook's card, norms, duplicates, cosines and clusters."""
+    from rcb_lmms.codebook import Codebook
+    from rcb_lmms.codebook.show import show as describe
+
+    typer.echo(describe(Codebook.load(codebook)))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files of a folder, by name.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    found = sorted(file for file in folder.glob("*") if file.suffix.lower() in endings) if folder.is_dir() else []
+    if not found:
+        raise UserError(
+            wanted=f"images in {folder}",
+            found="no image there" if folder.is_dir() else "no such folder",
+            allowed="a folder of " + ", ".join(sorted(endings)),
+            next_step="rcb lab data --out DIR writes laboratory scenes, or name a folder of photographs",
+        )
+    return found
