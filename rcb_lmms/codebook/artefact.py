@@ -174,7 +174,6 @@ def _problem(prototypes: Tensor, rows: dict[str, list]) -> str | None:
 def _read_safetensors(path: Path) -> tuple[Tensor, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
-    read_bytes(path)
     try:
         with safe_open(path, framework="pt") as handle:
             meta = json.loads((handle.metadata() or {})[METADATA])
@@ -182,6 +181,8 @@ def _read_safetensors(path: Path) -> tuple[Tensor, dict[str, Any]]:
             return handle.get_tensor(TENSOR).clone(), meta
     except SafetensorError as error:
         raise _unusable(path, f"a damaged or cut off file ({error})") from error
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
     except (KeyError, json.JSONDecodeError) as error:
         raise _unusable(path, "a safetensors file without a codebook's metadata") from error
 

@@ -127,7 +127,10 @@ def read_manifest(stats: Path) -> dict[str, Any]:
 def _meta(manifest: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
     listed = json.dumps(manifest["images"]).encode()
     return {
-        **{key: manifest[key] for key in ("model", "revision", "family", "dtype", "weights", "source")},
+        **{
+            key: manifest[key]
+            for key in ("model", "revision", "family", "preprocess", "template", "dtype", "weights", "source")
+        },
         "layer": "projector output, base view",
         "images": len(manifest["images"]),
         "images_sha256": hashlib.sha256(listed).hexdigest(),
@@ -149,6 +152,8 @@ def _manifest(family: Family, images: list[Path], settings: BuildSettings) -> di
         "model": family.pretrained,
         "revision": family.revision,
         "family": family.name,
+        "preprocess": family.preprocess,
+        "template": family.template,
         "dtype": str(family.pad_embedding.dtype).removeprefix("torch."),
         "weights": _fingerprint(family),
         "experiment": _resolved(settings, {"single_repeats": family.single_repeats}),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
     from rcb_lmms.pruners.base import VisualTokens
 
-# Paper's list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (0-based).
+# The released list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (0-based).
 BLOCK_STARTS, LISTED_TOKENS = (36, 72, 144, 216, 288, 360, 432, 504, 568), 576
 
 
@@ -80,7 +80,7 @@ def probed_ranks(n: int, count: int = 96) -> list[int]:
 
     For 576 and 96 the released list: ranks 0-23, then blocks of 8 from 36, 72, 144, ... 504 and 568. Otherwise
     a quarter of `count` (and what does not divide) leads, the rest is nine equal blocks whose starts scale with
-    `n`; blocks that would overlap the one before begin where it ends, none reaches past `n`.
+    `n`. A block that would overlap the one before begins where that ends; the last one holds the last ranks.
     """
     count = min(count, n)
     block = count // 12
@@ -88,6 +88,7 @@ def probed_ranks(n: int, count: int = 96) -> list[int]:
     for number, listed in enumerate(BLOCK_STARTS):
         latest = n - (len(BLOCK_STARTS) - number) * block
         start = min(max(round(listed * n / LISTED_TOKENS), ranks[-1] + 1), latest)
+        start = latest if number == len(BLOCK_STARTS) - 1 else start
         ranks += range(start, start + block)
     return ranks
 

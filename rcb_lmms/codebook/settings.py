@@ -70,8 +70,9 @@ class BuildSettings:
         if not 2 <= self.top_k <= TOP_K_STORED:
             raise _refused("top_k", self.top_k, f"2 to {TOP_K_STORED}: as many logits are stored")
         for name in ("clusters_per_image", "clusters_across", "k_image", "k_across", "probes", "single_repeats"):
-            if (getattr(self, name) or 1) < 1:
-                raise _refused(name, getattr(self, name), "whole numbers from 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _refused(name, value, "whole numbers from 1")
 
     @property
     def by_paper(self) -> bool:
