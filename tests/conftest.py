@@ -98,3 +98,35 @@ def tiny_llava():
         vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny random LLaVA checkpoint: 4 x 4 patches, width 48, 4 layers."""
+    import tiny
+
+    return tiny.save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def family(checkpoint):
+    """The tiny checkpoint, loaded; tests do not change it."""
+    from rcb_lmms.families import load_family
+
+    return load_family(str(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def codebook_file(tmp_path_factory):
+    """A codebook of 12 random prototypes that fits the tiny checkpoint."""
+    import tiny
+
+    return tiny.save_codebook(tmp_path_factory.mktemp("codebook") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def pope_tree(tmp_path_factory):
+    """A folder in which upstream's `pope` finds 6 random images with 4 questions each."""
+    import tiny
+
+    return tiny.save_pope(tmp_path_factory.mktemp("data"))

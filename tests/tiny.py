@@ -1,0 +1,126 @@
+"""A tiny random LLaVA checkpoint with tokenizer, processor and template, and a POPE tree to ask it about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SIDE_PX, PATCH_PX = 56, 14
+WIDTH = 48
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role.upper() + ': ' }}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def save_llava(folder: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )
+    side = {"height": SIDE_PX, "width": SIDE_PX}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE_PX}, crop_size=side),
+        tokenizer=fast,
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIDE_PX,
+            patch_size=PATCH_PX,
+            projection_dim=32,
+            initializer_range=0.3,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        ),
+        image_token_id=4,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def random_image(seed: int, width: int = 80, height: int = 60):
+    from PIL import Image
+
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+
+
+def save_pope(folder: Path, images: int = 6, questions: int = 4) -> Path:
+    """A POPE tree in which upstream's `pope` runs when it is the current directory."""
+    from datasets import Dataset, Features, Image, Value
+
+    rows = [
+        {
+            "id": str(number := image * questions + question),
+            "question_id": str(number),
+            "question": f"Is there a thing {question} in the image?" + "?" * image,
+            "answer": ("yes", "no")[question % 2],
+            "image_source": f"image{image}",
+            "category": ("random", "popular", "adversarial")[question % 3],
+            "image": random_image(image),
+        }
+        for image in range(images)
+        for question in range(questions)
+    ]
+    columns = {name: Value("string") for name in rows[0] if name != "image"} | {"image": Image()}
+    home = folder / "lmms-lab-encoder" / "POPE"
+    home.mkdir(parents=True)
+    Dataset.from_list(rows, features=Features(columns)).to_parquet(home / "test.parquet")
+    (home / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+    )
+    return folder
+
+
+def save_codebook(path: Path, width: int = WIDTH, rows: int = 12) -> Path:
+    from rcb_lmms import Codebook
+
+    prototypes = torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
+    return Codebook(prototypes, {"id": "tiny", "model": "a tiny random model"}).save(path)
