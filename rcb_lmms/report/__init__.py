@@ -1,0 +1,1 @@
+"""Tables, plots and pictures: pure functions of stored runs."""

@@ -1,0 +1,209 @@
+"""Stored runs, read back: whole ones as `Run`, all others named with the reason they are left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import read_jsonl
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RECORD, RESULTS = "run.json", "results.json"
+BUDGETS = ("keep", "ratio", "threshold", "match")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a task's sample rows are read.
+
+    Attributes:
+        label: the task in headings.
+        metrics: keys of a sample row, of which the first present holds the sample's score.
+        cluster: what groups samples that are not independent: the image, for questions about one image.
+        chance: accuracy of guessing.
+        official: key in the results of the score the paper reports, where that is not the mean of the samples.
+        official_label: its name in headings.
+    """
+
+    label: str
+    metrics: tuple[str, ...]
+    cluster: Callable[[dict[str, Any]], object]
+    chance: float
+    official: str | None = None
+    official_label: str = ""
+
+
+BENCHMARKS = {
+    "pope": Benchmark("POPE", ("pope_accuracy",), lambda row: row["doc"]["image_source"], chance=0.5),
+    "mme": Benchmark(
+        "MME",
+        ("mme_perception_score", "mme_cognition_score"),
+        lambda row: row["doc"]["question_id"],
+        chance=0.5,
+        official="mme_perception_score,none",
+        official_label="MME perception",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A task's samples, sorted by document number; all three are `(n,)`.
+
+    Attributes:
+        values: score of each sample, 0 to 1.
+        clusters: label of each sample's image.
+        samples: names each sample by its content, so that runs over different data are never compared.
+    """
+
+    values: np.ndarray
+    clusters: np.ndarray
+    samples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run: its folder, its record, its scores by task, and the official score of tasks that have one."""
+
+    path: Path
+    record: dict[str, Any]
+    scores: dict[str, Scores]
+    official: dict[str, float]
+
+    @property
+    def method(self) -> str:
+        """Registry key of the method."""
+        name = self.record["model"].removeprefix(self.record["resolved"]["family"] + "_")
+        return "none" if name == "full" else name
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """model_args as given."""
+        return self.record["arguments"]
+
+    @property
+    def setting(self) -> tuple:
+        """What runs that differ in nothing but their seed have in common."""
+        return self.record["model"], *sorted((name, text) for name, text in self.arguments.items() if name != "seed")
+
+    @property
+    def target(self) -> float | None:
+        """Retained visual tokens per question that were asked for, averaged over the tasks; `None` if unpruned."""
+        if self.record["calibrations"]:
+            return _mean(calibration["target"] for calibration in self.record["calibrations"].values())
+        kind, _, value = str(self.record["resolved"]["pruner"].get("budget")).partition("=")
+        if kind == "ratio" and (native := self.mean("native_visual_tokens")) is not None:
+            return float(value) * native
+        return float(value) if kind == "tokens" else None
+
+    def mean(self, quantity: str) -> float | None:
+        """An achieved quantity, averaged over the tasks."""
+        return _mean(achieved[quantity] for achieved in self.record["achieved"].values())
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A folder that is in no table, and why."""
+
+    path: Path
+    reason: str
+
+
+def collect(results: Path) -> tuple[list[Run], list[Excluded]]:
+    """Every run below a folder, by path: whole ones, and those that are left out (damaged, foreign, partial, failed).
+
+    Raises:
+        UserError: there is no such folder, or no run in it.
+    """
+    results = Path(results)
+    folders = sorted({path.parent for name in (RECORD, RESULTS) for path in results.rglob(name)})
+    if not folders:
+        raise UserError(
+            wanted=f"runs below {results}",
+            found="no folder with a run record" if results.is_dir() else "no such folder",
+            allowed=f"a folder of runs, each with its {RECORD}",
+            next_step="rcb eval, or rcb quickstart",
+        )
+    runs, excluded = [], []
+    for folder in folders:
+        try:
+            runs.append(_read(folder))
+        except _Unusable as error:
+            excluded.append(Excluded(folder, str(error)))
+    return runs, excluded
+
+
+class _Unusable(Exception):
+    pass
+
+
+def _read(folder: Path) -> Run:
+    record = _read_record(folder)
+    results = _json(folder / RESULTS)
+    scores = {task: _read_scores(folder, task, results) for task in record["tasks"]}
+    official = {
+        task: value
+        for task in scores
+        if (key := BENCHMARKS[task].official) and (value := results["results"][task].get(key)) is not None
+    }
+    return Run(folder, record, scores, official)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = _json(folder / RECORD)
+    if not isinstance(record, dict) or not {"status", "model", "arguments", "tasks"} <= set(record):
+        raise _Unusable(f"{RECORD} is not a record of this package")
+    if record["status"] != "success":
+        reason = record.get("error") or f"{len(record.get('failures', []))} failed samples"
+        raise _Unusable("not finished" if record["status"] == "started" else f"failed: {reason}")
+    if record.get("limit") is not None:
+        raise _Unusable(f"limited to the first {record['limit']} samples of each task")
+    missing = sorted({"resolved", "achieved", "calibrations", "totals"} - set(record))
+    if missing:
+        raise _Unusable(f"{RECORD} has no {', '.join(missing)}")
+    return record
+
+
+def _read_scores(folder: Path, task: str, results: dict[str, Any]) -> Scores:
+    import numpy as np
+
+    if task not in BENCHMARKS:
+        raise _Unusable(f"task {task} has no entry in BENCHMARKS, which says how its samples are read")
+    path = folder / f"samples_{task}.jsonl"
+    try:
+        rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
+        values = np.array([_score(row, BENCHMARKS[task]) for row in rows])
+        clusters = np.array([str(BENCHMARKS[task].cluster(row)) for row in rows])
+        expected = results["n-samples"][task]["original"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Unusable(f"{path.name} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
+    if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
+        raise _Unusable(f"{path.name} has {len(rows)} of {expected} samples")
+    # lmms-eval's own doc_hash covers the address of the image in memory, so it differs from run to run.
+    samples = tuple(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True) for row in rows)
+    return Scores(values, clusters, samples)
+
+
+def _score(row: dict[str, Any], benchmark: Benchmark) -> float:
+    metric = next((metric for metric in benchmark.metrics if metric in row), benchmark.metrics[0])
+    return float(row[metric]["score"])
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _Unusable(f"no {path.name}") from error
+    except ValueError as error:
+        raise _Unusable(f"{path.name} is damaged: {error}") from error
+
+
+def _mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,210 @@
+"""Kept visual tokens on the original image: the preprocessing is undone, pixel by pixel."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.families.base import Family
+from rcb_lmms.families.images import central_square_region
+from rcb_lmms.files import write_atomic
+from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.fastv import FastV
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+QUESTION = "What does this image show?"
+# Images are drawn at least this large, so that borders of patches stay sharp.
+_SHORT_SIDE_PX = 420
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method keeps of one image: indices `(k,)` of its view, and tokens it makes beside them (PruMerge's)."""
+
+    indices: np.ndarray
+    made: int = 0
+
+
+def patch_boxes(
+    image_size: tuple[int, int], grid: tuple[int, int], preprocess: str, resize: int, crop: int | None = None
+) -> np.ndarray:
+    """Where each visual token of a view lies on the original image: `(n, 4)` left, top, right, bottom in its pixels.
+
+    Tokens in raster order. Under `pad`, boxes reach over the image's edge where they show padding.
+
+    Args:
+        image_size: width and height of the original image.
+        grid: rows and columns of tokens.
+        preprocess: `rcb` (short side to `resize`, centre crop) or `pad` (padded to a square, resized to it).
+        resize: pixels of the short side after resizing.
+        crop: side of the centre crop; by default `resize`.
+    """
+    import numpy as np
+
+    left, top, right, bottom = _REGIONS[preprocess](*image_size, resize, crop or resize)
+    rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
+    width, height = (right - left) / grid[1], (bottom - top) / grid[0]
+    x, y = left + columns * width, top + rows * height
+    return np.stack([x, y, x + width, y + height], axis=1)
+
+
+def _centre_crop(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
+    from PIL import Image as pil
+
+    # Extremely long images lose their ends before they are resized.
+    used = central_square_region(pil.new("1", (width, height))).size
+    offsets = [(whole - part) // 2 for whole, part in zip((width, height), used, strict=True)]
+    # The long side is rounded down and the crop's offset too, as in the image processor.
+    resized = [int(resize * side / min(used)) for side in used]
+    scales = [before / after for before, after in zip(used, resized, strict=True)]
+    starts = [(side - crop) // 2 for side in resized]
+    left, top = (offset + start * scale for offset, start, scale in zip(offsets, starts, scales, strict=True))
+    return left, top, left + crop * scales[0], top + crop * scales[1]
+
+
+def _padded_square(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
+    side = max(width, height)
+    margin = side * (resize - crop) / resize / 2
+    left, top = -((side - width) // 2) + margin, -((side - height) // 2) + margin
+    return left, top, left + side - 2 * margin, top + side - 2 * margin
+
+
+_REGIONS = {"rcb": _centre_crop, "pad": _padded_square}
+
+
+def kept_mask(image_size: tuple[int, int], boxes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """`(height, width)` whether the centre of each pixel lies in one of the `chosen` boxes."""
+    import numpy as np
+
+    width, height = image_size
+    mask = np.zeros((height, width), bool)
+    for left, top, right, bottom in np.ceil(boxes[chosen] - 0.5).astype(int).clip(0):
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
+    """The image with kept patches as they are, pruned ones grey and dark, and what no patch covers nearly white."""
+    import numpy as np
+    from PIL import Image as pil
+
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    seen = kept_mask(image.size, boxes, np.arange(len(boxes)))
+    stays = kept_mask(image.size, boxes, kept)
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    drawn = np.where(seen[..., None], (0.3 * grey + 18)[..., None], (0.15 * grey + 215)[..., None])
+    drawn = np.where(stays[..., None], pixels, drawn)
+    return pil.fromarray(drawn.round().astype(np.uint8))
+
+
+def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QUESTION) -> Kept:
+    """What a method keeps of one image; methods that see the question are run on `question`."""
+    from rcb_lmms.engine.encoding import select
+
+    (view,) = family.encode([image], pruner.needs)[0]
+    if isinstance(pruner, FastV):
+        return Kept(_kept_in_decoder(family, pruner, view, question))
+    (selection,) = select(pruner, [view])
+    return Kept(selection.kept.cpu().numpy(), made=len(selection) - len(selection.kept))
+
+
+def _kept_in_decoder(family: Family, pruner: FastV, view: VisualTokens, question: str) -> np.ndarray:
+    import torch
+
+    from rcb_lmms.engine import prune_at_layer
+
+    prompt = family.embed(family.prompt(question), [view.features])
+    ((start, stop),) = prompt.spans
+    rank = pruner.rank(stop - start, family.layers)
+    with (
+        torch.inference_mode(),
+        prune_at_layer(family.model, layer=pruner.layer, keep=rank, spans=[[(start, stop)]]) as pruning,
+    ):
+        family.model(inputs_embeds=prompt.embeds[None], use_cache=False, logits_to_keep=1)
+    return (pruning.kept[0] - start).numpy()
+
+
+def kept_tokens_picture(
+    family: Family,
+    pruners: Mapping[str, Pruner],
+    images: Sequence[Image],
+    out: Path,
+    questions: Sequence[str] | None = None,
+) -> Path:
+    """Write a PNG: one row per image, the original first, then the tokens that every method keeps, with their count.
+
+    Args:
+        family: the loaded model.
+        pruners: methods by the name over their column.
+        images: opened images.
+        out: the file to write.
+        questions: one per image, for methods that see the question; shown under the originals.
+    """
+    from matplotlib.figure import Figure
+
+    heights = [max(0.4, min(1.6, image.height / image.width)) for image in images]
+    columns, inches = 1 + len(pruners), 1.75
+    size = inches * columns, sum(inches * height + 0.22 for height in heights) + 0.5
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.02, wspace=0.02)
+    axes = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
+    for row, (panels, image) in enumerate(zip(axes, images, strict=True)):
+        shown, boxes = _enlarged(family, image)
+        question = questions[row] if questions else QUESTION
+        _draw(panels[0], shown, question if questions else f"{image.width} × {image.height} px")
+        for panel, pruner in zip(panels[1:], pruners.values(), strict=True):
+            kept = kept_tokens(family, pruner, image, question)
+            made = f" + {kept.made} merged" if kept.made else ""
+            _draw(panel, highlight(shown, boxes, kept.indices), f"{len(kept.indices)}{made} of {len(boxes)}")
+            _outline(panel, boxes, kept.indices, family.grid)
+    for panel, name in zip(axes[0], ["image", *pruners], strict=True):
+        panel.set_title(name, fontsize=10)
+    if not questions and (asked := [name for name, pruner in pruners.items() if pruner.sees_question]):
+        figure.supxlabel(f'{", ".join(asked)} chooses by the question, here "{QUESTION}"', fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return write_atomic(out, buffer.getvalue())
+
+
+def _enlarged(family: Family, image: Image) -> tuple[Image, np.ndarray]:
+    """The image, enlarged if it is small, and the boxes of its patches."""
+    processor = family.processor.image_processor
+    boxes = patch_boxes(
+        image.size, family.grid, family.preprocess, processor.size["shortest_edge"], processor.crop_size["height"]
+    )
+    factor = max(1, round(_SHORT_SIDE_PX / min(image.size)))
+    return image.resize((image.width * factor, image.height * factor), 0), boxes * factor
+
+
+def _draw(panel: Any, image: Image, caption: str) -> None:
+    panel.imshow(image, interpolation="antialiased")
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel(caption, fontsize=8, labelpad=3)
+
+
+def _outline(panel: Any, boxes: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> None:
+    """A thin line between kept and pruned patches: a dark patch that stays would look like a dimmed one."""
+    import numpy as np
+    from matplotlib.collections import LineCollection
+
+    stays = np.zeros((grid[0] + 2, grid[1] + 2), bool)
+    rows, columns = np.divmod(kept, grid[1])
+    stays[rows + 1, columns + 1] = True
+    lines = []
+    for row, column, (left, top, right, bottom) in zip(rows + 1, columns + 1, boxes[kept] - 0.5, strict=True):
+        sides = {
+            (row - 1, column): [(left, top), (right, top)],
+            (row + 1, column): [(left, bottom), (right, bottom)],
+            (row, column - 1): [(left, top), (left, bottom)],
+            (row, column + 1): [(right, top), (right, bottom)],
+        }
+        lines += [line for neighbour, line in sides.items() if not stays[neighbour]]
+    panel.add_collection(LineCollection(lines, colors="white", linewidths=0.7), autolim=False)

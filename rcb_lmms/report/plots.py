@@ -1,0 +1,105 @@
+"""Accuracy over retained tokens: one panel per task, drawn from a summary table alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.files import write_atomic
+from rcb_lmms.report.collect import BENCHMARKS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Colours that people with any colour vision tell apart (Okabe and Ito, 2008); markers differ as well.
+STYLES = {
+    "rcb": ("#D55E00", "o"),
+    "prumerge": ("#0072B2", "s"),
+    "prumerge_plus": ("#56B4E9", "D"),
+    "fastv": ("#009E73", "^"),
+    "random": ("#7F7F7F", "X"),
+}
+_OTHER_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#F0E442", "*"))
+# Methods at one budget stand beside each other, so that their intervals can be read.
+_SHIFT = 1.035
+
+
+def accuracy_plot(table: pd.DataFrame, out: Path) -> list[Path]:
+    """Write `out` with the endings `.png` and `.svg`; equal tables give equal SVG files.
+
+    Args:
+        table: of `rcb_lmms.report.tables.summary_table`.
+        out: path without ending.
+    """
+    import matplotlib
+
+    tasks = [task for task in BENCHMARKS if f"{task}_accuracy" in table]
+    written = []
+    with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
+        figure = _figure(table, tasks)
+        for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending[1:], **options)
+            written.append(write_atomic(out.with_name(out.name + ending), buffer.getvalue()))
+    return written
+
+
+def _figure(table: pd.DataFrame, tasks: Sequence[str]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 4.2 * len(tasks), 4.1), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        _panel(panel, table.dropna(subset=[f"{task}_accuracy"]), task)
+    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
+    benchmark = BENCHMARKS[task]
+    pruned = table[table["method"] != "none"]
+    names = list(dict.fromkeys((row.method, row.options) for row in pruned.itertuples()))
+    others = iter(_OTHER_STYLES * len(names))
+    for number, (method, options) in enumerate(names):
+        chosen = pruned[(pruned["method"] == method) & (pruned["options"] == options)]
+        chosen = chosen.sort_values(f"{task}_retained")
+        mean, low, high = (100 * chosen[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
+        colour, marker = STYLES[method] if method in STYLES and not options else next(others)
+        panel.errorbar(
+            chosen[f"{task}_retained"] * _SHIFT ** (number - (len(names) - 1) / 2),
+            mean,
+            yerr=[mean - low, high - mean],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            linewidth=1.4,
+            elinewidth=1,
+            capsize=2.5,
+            label=f"{method} ({options})" if options else method,
+        )
+    for row in table[table["method"] == "none"].itertuples():
+        mean, low, high = (100 * getattr(row, f"{task}_{name}") for name in ("accuracy", "low", "high"))
+        panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        panel.axhline(mean, color="black", linewidth=1.2, label=f"unpruned ({getattr(row, f'{task}_retained'):.0f})")
+    panel.axhline(100 * benchmark.chance, color="black", linestyle=":", linewidth=1.2, label="chance")
+    _axes(panel, pruned, task)
+
+
+def _axes(panel: Any, pruned: pd.DataFrame, task: str) -> None:
+    from matplotlib.ticker import NullLocator
+
+    ticks = sorted({round(tokens) for tokens in pruned["target_tokens"].dropna()})
+    panel.set_xscale("log")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    if ticks:
+        panel.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
+    panel.set_title(BENCHMARKS[task].label)
+    panel.set_xlabel("retained visual tokens per question (log scale)")
+    panel.set_ylabel("accuracy, % (95% interval)")
+    panel.grid(axis="y", color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

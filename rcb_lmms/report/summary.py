@@ -1,0 +1,231 @@
+"""What a set of runs says, as numbers: one row per method and budget; runs that differ only in their seed share a row.
+
+What is missing stays missing: it is neither guessed nor averaged over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Run
+from rcb_lmms.report.statistics import accuracy_interval, mcnemar, mean_interval, paired_p
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+_PLACES = ("pretrained", "codebook", "device", "dtype", "seed", "batch_size")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one method at one budget, one per seed."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        """The run that stands for all where they agree."""
+        return self.runs[0]
+
+    @property
+    def budget(self) -> str:
+        """The budget as given."""
+        return ", ".join(f"{name}={text}" for name, text in self.first.arguments.items() if name in BUDGETS)
+
+    @property
+    def options(self) -> str:
+        """Arguments that tell this row from others of its method, the budget apart."""
+        given = self.first.arguments.items()
+        return ", ".join(f"{name}={text}" for name, text in sorted(given) if name not in (*_PLACES, *BUDGETS))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that every seed has answered."""
+        return [task for task in self.first.scores if all(task in run.scores for run in self.runs)]
+
+    def scores(self, task: str) -> np.ndarray:
+        """`(n,)` score of every sample, averaged over the seeds."""
+        import numpy as np
+
+        return np.mean([run.scores[task].values for run in self.runs], axis=0)
+
+    def headline(self, task: str) -> float | None:
+        """The score the paper reports: the official one, or else the accuracy."""
+        if BENCHMARKS[task].official is None:
+            return float(self.scores(task).mean())
+        return _mean(run.official.get(task) for run in self.runs)
+
+    def mean(self, quantity: str) -> float | None:
+        """An achieved quantity, averaged over tasks and seeds."""
+        return _mean(run.mean(quantity) for run in self.runs)
+
+
+def group(runs: Sequence[Run]) -> list[Row]:
+    """Runs as rows: unpruned first, then by method in the registry's order, larger budgets first.
+
+    Raises:
+        UserError: two runs of one setting and seed, or runs of one task over different samples.
+    """
+    from rcb_lmms.pruners import PRUNERS
+
+    settings: dict[tuple, dict[str, Run]] = {}
+    for run in runs:
+        seeds = settings.setdefault(run.setting, {})
+        seed = run.arguments.get("seed", "")
+        if seed in seeds:
+            raise _mixture(seeds[seed], run, "the same run twice")
+        seeds[seed] = run
+        for task, scores in run.scores.items():
+            other = next(earlier for earlier in runs if task in earlier.scores)
+            if other.scores[task].samples != scores.samples:
+                raise _mixture(other, run, f"different samples of {task}")
+    order = list(PRUNERS)
+    rows = [Row(tuple(seeds.values())) for seeds in settings.values()]
+    return sorted(rows, key=lambda row: (order.index(row.first.method), -(row.first.target or 0), row.options))
+
+
+def _mixture(one: Run, two: Run, found: str) -> UserError:
+    return UserError(
+        wanted="one table of these runs",
+        found=f"{found}: {one.path} and {two.path}",
+        allowed="runs over the same samples, each once",
+        next_step="move one of the two elsewhere",
+    )
+
+
+def summary_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Numbers of every method and budget.
+
+    Columns: `pretrained`, `method`, `options`, `budget` (as given), `seeds`, `target_tokens`, `retained_tokens`,
+    `layer_average_tokens`, then per task `<task>_accuracy`, `_low`, `_high` (95% interval over images), `_std` (over
+    seeds), `_score` (official), `_retained`, then `relative` (mean over tasks of the paper's score, in percent of the
+    unpruned model's), `p_vs_random`, `questions_per_second`, `prefill_tflops` and `runs` (folder names).
+
+    Raises:
+        UserError: runs that cannot share a table; see `group`.
+    """
+    import pandas as pd
+
+    rows = group(runs)
+    tasks = [task for task in BENCHMARKS if any(task in row.tasks for row in rows)]
+    return pd.DataFrame([_numbers(row, rows, tasks) for row in rows])
+
+
+def _numbers(row: Row, rows: list[Row], tasks: list[str]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {
+        "pretrained": row.first.arguments.get("pretrained"),
+        "method": row.first.method,
+        "options": row.options,
+        "budget": row.budget,
+        "seeds": len(row.runs),
+        "target_tokens": _mean(run.target for run in row.runs),
+        "retained_tokens": row.mean("retained_visual_tokens"),
+        "layer_average_tokens": row.mean("layer_average_visual_tokens"),
+    }
+    for task in tasks:
+        if task in row.tasks:
+            numbers |= {f"{task}_{name}": number for name, number in _task_numbers(row, task).items()}
+    return numbers | {
+        "relative": _relative(row, _unpruned(row, rows), tasks),
+        "p_vs_random": _p_vs_random(row, _random(row, rows)),
+        "questions_per_second": _mean(run.record["totals"].get("questions_per_second") for run in row.runs),
+        "prefill_tflops": row.mean("prefill_tflops"),
+        "runs": " ".join(run.path.name for run in row.runs),
+    }
+
+
+def _task_numbers(row: Row, task: str) -> dict[str, float | None]:
+    import numpy as np
+
+    interval = accuracy_interval(row.scores(task), row.first.scores[task].clusters)
+    seeds = [float(run.scores[task].values.mean()) for run in row.runs]
+    return {
+        "accuracy": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "std": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
+        "score": row.headline(task) if BENCHMARKS[task].official else None,
+        "retained": _mean(run.record["achieved"].get(task, {}).get("retained_visual_tokens") for run in row.runs),
+    }
+
+
+def _unpruned(row: Row, rows: list[Row]) -> Row | None:
+    return next((other for other in rows if other.first.method == "none" and _comparable(row, other)), None)
+
+
+def _random(row: Row, rows: list[Row]) -> Row | None:
+    """The random row at the same budget."""
+    if row.first.method in ("none", "random") or row.first.target is None:
+        return None
+    candidates = [other for other in rows if other.first.method == "random" and _comparable(row, other)]
+    return next((other for other in candidates if abs(other.first.target - row.first.target) <= 0.5), None)
+
+
+def _comparable(row: Row, other: Row) -> bool:
+    return row.first.arguments.get("pretrained") == other.first.arguments.get("pretrained")
+
+
+def _relative(row: Row, unpruned: Row | None, tasks: list[str]) -> float | None:
+    if unpruned is None or not set(tasks) <= {*row.tasks} & {*unpruned.tasks}:
+        return None
+    shares = []
+    for task in tasks:
+        score, whole = row.headline(task), unpruned.headline(task)
+        if score is None or not whole:
+            return None
+        shares.append(score / whole)
+    return 100 * sum(shares) / len(shares)
+
+
+def _p_vs_random(row: Row, random: Row | None) -> float | None:
+    if random is None or row.tasks != random.tasks:
+        return None
+    return paired_p([(row.scores(task), random.scores(task), row.first.scores[task].clusters) for task in row.tasks])
+
+
+def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Every method against random at the same budget, task by task, on the same samples.
+
+    Columns: `method`, `options`, `target_tokens`, `task`, `difference` of accuracy with `low` and `high` (95% interval
+    over images), `p` (permutation of whole images; random averaged over its seeds, sample by sample) and `mcnemar_p`
+    (exact, the largest over seeds; takes questions for independent).
+    """
+    import pandas as pd
+
+    rows = group(runs)
+    found = []
+    for row in rows:
+        random = _random(row, rows)
+        for task in row.tasks if random is not None else ():
+            if task in random.tasks:
+                found.append(_comparison(row, random, task))
+    columns = ["method", "options", "target_tokens", "task", "difference", "low", "high", "p", "mcnemar_p"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def _comparison(row: Row, random: Row, task: str) -> dict[str, Any]:
+    scores, baseline, clusters = row.scores(task), random.scores(task), row.first.scores[task].clusters
+    interval = mean_interval(scores - baseline, clusters)
+    return {
+        "method": row.first.method,
+        "options": row.options,
+        "target_tokens": row.first.target,
+        "task": task,
+        "difference": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "p": paired_p([(scores, baseline, clusters)]),
+        "mcnemar_p": max(
+            mcnemar(one.scores[task].values, two.scores[task].values) for one in row.runs for two in random.runs
+        ),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean, or `None` where one of the values is missing: an average over the rest would be of something else."""
+    values = list(values)
+    return None if not values or None in values else sum(values) / len(values)

@@ -1,0 +1,116 @@
+"""The table of a folder of runs: numbers as CSV, the same numbers for readers as Markdown. What is missing is blank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.files import write_atomic
+from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run
+from rcb_lmms.report.summary import comparison_table, summary_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary table as text, for people: percent, intervals in brackets, blanks for what is missing."""
+    import pandas as pd
+
+    unit, factor = ("GFLOPs", 1e3) if table["prefill_tflops"].max() < 0.1 else ("TFLOPs", 1.0)
+    text = {"checkpoint": table["pretrained"].fillna("")} if table["pretrained"].nunique(dropna=False) > 1 else {}
+    text |= {
+        "method": [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()],
+        "budget": table["budget"],
+        "tokens asked": _column(table["target_tokens"], "{:.1f}"),
+        "retained": _column(table["retained_tokens"], "{:.1f}"),
+        "layer average": _column(table["layer_average_tokens"], "{:.1f}"),
+    }
+    for task, benchmark in BENCHMARKS.items():
+        if f"{task}_accuracy" in table:
+            text[f"{benchmark.label} accuracy, %"] = [_accuracy(row, task) for _, row in table.iterrows()]
+        if benchmark.official and f"{task}_score" in table:
+            text[benchmark.official_label] = _column(table[f"{task}_score"], "{:.1f}")
+    text["relative, %"] = _column(table["relative"], "{:.1f}")
+    text["p vs random"] = [probability(p) for p in table["p_vs_random"]]
+    text["questions/s"] = _column(table["questions_per_second"], "{:.1f}")
+    text[f"prefill {unit}"] = _column(table["prefill_tflops"] * factor, "{:.3g}")
+    frame = pd.DataFrame(text, index=table.index)
+    return frame.loc[:, (frame != "").any()]
+
+
+def readable_comparisons(table: pd.DataFrame) -> pd.DataFrame:
+    """A comparison table as text, differences in percentage points."""
+    import pandas as pd
+
+    rows = [
+        {
+            "method": f"{row.method} ({row.options})" if row.options else row.method,
+            "tokens asked": f"{row.target_tokens:.1f}",
+            "task": BENCHMARKS[row.task].label,
+            "difference to random, points": "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                *(100 * value for value in (row.difference, row.low, row.high))
+            ),
+            "p": probability(row.p),
+            "McNemar p": probability(row.mcnemar_p),
+        }
+        for row in table.itertuples()
+    ]
+    return pd.DataFrame(rows)
+
+
+def probability(p: float | None) -> str:
+    """A p-value as text; 9999 draws resolve nothing finer than 0.0002."""
+    import pandas as pd
+
+    if pd.isna(p):
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _accuracy(row: Any, task: str) -> str:
+    import pandas as pd
+
+    if pd.isna(row[f"{task}_accuracy"]):
+        return ""
+    mean, low, high = (100 * row[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
+    spread = "" if pd.isna(row[f"{task}_std"]) else f" ± {100 * row[f'{task}_std']:.1f}"
+    return f"{mean:.1f}{spread} [{low:.1f}, {high:.1f}]"
+
+
+def _column(values: pd.Series, form: str) -> list[str]:
+    import pandas as pd
+
+    return ["" if pd.isna(value) else form.format(value) for value in values]
+
+
+LEGEND = """\
+Accuracy in brackets: 95% confidence interval, a bootstrap over images; ±: standard deviation over seeds. Retained: \
+visual tokens per question that the language model receives; layer average: over the layers of the decoder, which for \
+FastV includes its full first layers. Relative: the paper's score of each task in percent of the unpruned model's, \
+averaged over the tasks. p vs random: random pruning at the same budget, averaged over its seeds sample by sample; \
+permutation of whole images, two-sided, all tasks together."""
+
+
+def write_tables(runs: Sequence[Run], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:
+    """Write `table.md`, `table.csv` and `comparisons.csv` to `out`; returns the summary table.
+
+    Raises:
+        UserError: runs that cannot share a table, or a folder that cannot be written.
+    """
+    table, comparisons = summary_table(runs), comparison_table(runs)
+    parts = [_markdown(readable(table)), LEGEND]
+    if len(comparisons):
+        parts += ["Against random pruning, task by task:", _markdown(readable_comparisons(comparisons))]
+    if excluded:
+        parts += ["Left out:", "\n".join(f"- {entry.path.name}: {entry.reason}" for entry in excluded)]
+    write_atomic(out / "table.md", "\n\n".join(parts) + "\n")
+    write_atomic(out / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_atomic(out / "comparisons.csv", comparisons.to_csv(index=False, lineterminator="\n"))
+    return table
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    align = ["left", *["right"] * (frame.shape[1] - 1)]
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=align)
