@@ -1,0 +1,224 @@
+"""The laboratory's checkpoints: real LLaVA classes of a few million parameters, and where the trained ones lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.lab.scenes import GRID, IMAGE_SIZE_PX, PATCH_PX
+
+FAMILIES = ("llava",)
+VISION_WIDTH, TEXT_WIDTH = 128, 160
+UNKNOWN, BEGIN, END, PAD, IMAGE = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+# In the manner of llava-1.5: "USER: <image>\nQUESTION ASSISTANT: ANSWER</s>"; images stand where the content has them.
+CHAT_TEMPLATE = """\
+{% for message in messages -%}
+{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif -%}
+{% for part in message['content'] -%}
+{% if part['type'] == 'image' %}{{ '<image>\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif -%}
+{% endfor -%}
+{{ '</s>' if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+_MEAN, _STD = (0.48, 0.46, 0.42), (0.26, 0.26, 0.27)
+
+
+def lab_checkpoint(family: str = "llava") -> Path:
+    """Folder of the trained checkpoint that the package carries.
+
+    Raises:
+        UserError: the family is unknown, or its checkpoint is not there.
+    """
+    folder = Path(__file__).parent / "checkpoints" / family
+    if family in FAMILIES and (folder / "model.safetensors").exists():
+        return folder
+    raise UserError(
+        wanted=f"the laboratory's {family} checkpoint",
+        found=f"nothing at {folder}" if family in FAMILIES else f"family {family!r}",
+        allowed=f"a trained checkpoint of: {', '.join(FAMILIES)}",
+        next_step=f"rcb lab train --out {folder}",
+    )
+
+
+def vision_config():
+    """Configuration of the tower: CLIP, 168 px, patch 14, six blocks; LLaVA reads the fifth."""
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4 * VISION_WIDTH,
+        projection_dim=VISION_WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE_PX,
+        patch_size=PATCH_PX,
+    )
+
+
+def make_tower():
+    """An untrained CLIP tower whose patches already know where they lie and look at their neighbours.
+
+    Learning to look around takes a plain random tower most of a short training: shapes need more than one patch.
+    """
+    import torch
+    from transformers import CLIPVisionModel
+
+    config = vision_config()
+    tower = CLIPVisionModel(config)
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] = torch.from_numpy(_grid_waves(config.hidden_size))
+        for number, layer in enumerate(tower.encoder.layers[:-1]):
+            offsets = _DIAGONAL if number % 2 else _STRAIGHT
+            query, key = (torch.from_numpy(_looking(config.hidden_size, table)) for table in (offsets, _HERE))
+            layer.self_attn.q_proj.weight += query
+            layer.self_attn.k_proj.weight += key
+    return tower
+
+
+# Where each of the four heads looks at first: (rows, columns) from the patch itself.
+_STRAIGHT = ((0, 1), (0, -1), (1, 0), (-1, 0))
+_DIAGONAL = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+_HERE = ((0, 0),) * 4
+_LOOK_SHARPNESS = 1.6
+
+
+def _angles(width: int) -> np.ndarray:
+    return np.pi / GRID * 2.0 ** np.linspace(-1, 3, width // 4)
+
+
+def _grid_waves(width: int) -> np.ndarray:
+    """Sines and cosines of row and column at `width / 4` frequencies, `(144, width)` float32."""
+    rows, columns = np.mgrid[:GRID, :GRID].reshape(2, -1, 1)
+    waves = [wave(axis * _angles(width)) for axis in (rows, columns) for wave in (np.sin, np.cos)]
+    return (0.3 * np.concatenate(waves, 1)).astype(np.float32)
+
+
+def _looking(width: int, offsets) -> np.ndarray:
+    """A projection that shifts the waves of `_grid_waves` by each head's offset, `(width, width)` float32."""
+    quarter, angles = width // 4, _angles(width)
+    projection = np.zeros((width, width), np.float32)
+    chosen = np.linspace(quarter // 4, quarter - 4, width // 16).astype(int)
+    for head, shift in enumerate(offsets):
+        row = head * quarter
+        for axis, steps in enumerate(shift):
+            for frequency in chosen:
+                sine, cosine = 2 * axis * quarter + frequency, (2 * axis + 1) * quarter + frequency
+                turn = angles[frequency] * steps
+                projection[row, [sine, cosine]] = np.cos(turn), np.sin(turn)
+                projection[row + 1, [sine, cosine]] = -np.sin(turn), np.cos(turn)
+                row += 2
+    return _LOOK_SHARPNESS * projection
+
+
+def preprocess(pixels: np.ndarray):
+    """What the image processor does to scenes of the right size: uint8 `(b, h, w, 3)` to float `(b, 3, h, w)`."""
+    import torch
+
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (scaled - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+
+
+def make_tokenizer():
+    """Byte-level BPE over the laboratory's own texts: its words are single tokens, any other text is representable.
+
+    Token 0 is unknown and never used: its embedding stays zero, which the codebook builder takes for an empty slot.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from rcb_lmms.lab.questions import vocabulary_texts
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(vocabulary_texts(), trainer)
+    begin = [(BEGIN, tokenizer.token_to_id(BEGIN))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=begin)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_processor():
+    """Image processor, tokenizer and chat template of the LLaVA-1.5 laboratory model."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE_PX},
+        crop_size={"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX},
+        image_mean=list(_MEAN),
+        image_std=list(_STD),
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=make_tokenizer(),
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer):
+    """An untrained `LlavaForConditionalGeneration` whose embedding of token 0 is zero."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config(),
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    return model
+
+
+def save_checkpoint(model, processor, out: Path) -> Path:
+    """Write a model as half-precision safetensors, with its processor; returns the folder."""
+    import torch
+
+    model.to(torch.float16).save_pretrained(out)
+    processor.save_pretrained(out)
+    return out

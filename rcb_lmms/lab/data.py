@@ -1,0 +1,151 @@
+"""The laboratory's benchmarks as files, in the exact schemas of the true ones.
+
+`write_data` makes a tree in which lmms-eval's own tasks (`pope`, `mme`, ...) run unmodified and offline when it is the
+current directory: `datasets` prefers a local folder of the data set's name. One writer function per benchmark.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import unwritable, write_atomic
+from rcb_lmms.lab.questions import (
+    KINDS_OF_QUESTION,
+    YES_NO_SUFFIX,
+    absent_phrases,
+    pope_question,
+    present_phrases,
+)
+from rcb_lmms.lab.scenes import Scene, make_scene
+
+ORGANISATION, FORMER_ORGANISATION = "lmms-lab-encoder", "lmms-lab"
+POPE_CATEGORIES = ("random", "popular", "adversarial")
+MME_SUBTASKS = ("existence", "count", "position", "color", "OCR")
+_TEXT = "string"
+
+
+def write_data(
+    out: str | Path,
+    *,
+    seed_split: str = "test",
+    benchmarks: Sequence[str] = ("pope", "mme"),
+    pope_images: int = 40,
+    mme_images: int = 40,
+) -> Path:
+    """Write benchmarks below `out`; sizes are images (18 questions each) and images per MME subtask (two each).
+
+    Raises:
+        UserError: a benchmark is unknown, or the folder cannot be written.
+    """
+    out = Path(out)
+    unknown = sorted(set(benchmarks) - set(BENCHMARKS))
+    if unknown:
+        raise UserError(
+            wanted="benchmarks of the laboratory",
+            found=", ".join(unknown),
+            allowed=", ".join(BENCHMARKS),
+            next_step="name only the allowed ones",
+        )
+    sizes = {"pope": pope_images, "mme": mme_images}
+    for name in benchmarks:
+        BENCHMARKS[name](out / ORGANISATION, seed_split, sizes[name])
+    _link_former_organisation(out)
+    return out
+
+
+def write_pope(root: Path, split: str, images: int) -> None:
+    """POPE: three categories of six questions per image, half answered by yes; configurations default and Full."""
+    rows: dict[str, list[dict]] = {category: [] for category in POPE_CATEGORIES}
+    for index in range(images):
+        scene = make_scene(split, index)
+        random = np.random.default_rng(index)
+        image = _png(scene)
+        positives = random.permutation(present_phrases(scene))[:3]
+        for category in POPE_CATEGORIES:
+            negatives = random.permutation(absent_phrases(scene, category))[:3]
+            for phrase in np.stack([positives, negatives], 1).ravel():
+                question = pope_question(scene, str(phrase))
+                row = {"question": question.text, "answer": question.answer.lower(), "image": image}
+                rows[category].append({**row, "image_source": f"{split}_{index:06d}", "category": category})
+    # Numbers run within a category, as in the true file.
+    numbered = {
+        category: [{"id": str(n), "question_id": str(n + 1), **row} for n, row in enumerate(part)]
+        for category, part in rows.items()
+    }
+    schema = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), _TEXT)
+    everything = [row for part in numbered.values() for row in part]
+    everything = [{**row, "id": str(n)} for n, row in enumerate(everything)]
+    _write_configurations(root / "POPE", {"default": {"test": everything}, "Full": numbered}, schema)
+
+
+def write_mme(root: Path, split: str, images: int) -> None:
+    """MME: for every subtask images with two questions, one answered by yes and one by no."""
+    rows = []
+    for subtask in MME_SUBTASKS:
+        index = written = 0
+        while written < images:
+            scene = make_scene(f"{split}-{subtask}", index)
+            index += 1
+            pair = KINDS_OF_QUESTION[subtask](scene, np.random.default_rng(index))
+            if not pair:
+                continue
+            written += 1
+            image, identity = _png(scene), f"{subtask}/{index:04d}.png"
+            for question in pair:
+                text = question.text + YES_NO_SUFFIX
+                row = {"question_id": identity, "question": text, "answer": question.answer}
+                rows.append({**row, "category": subtask, "image": image})
+    schema = dict.fromkeys(("question_id", "question", "answer", "category"), _TEXT)
+    _write_configurations(root / "MME", {"default": {"test": rows}}, schema)
+
+
+BENCHMARKS: dict[str, Callable[[Path, str, int], None]] = {"pope": write_pope, "mme": write_mme}
+
+
+def codebook_images(out_dir: str | Path, count: int) -> list[Path]:
+    """Write `count` scenes of the codebook split as PNG files, and return their paths.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    out = Path(out_dir)
+    return [write_atomic(out / f"scene-{n:05d}.png", _png(make_scene("codebook", n))["bytes"]) for n in range(count)]
+
+
+def _png(scene: Scene) -> dict:
+    buffer = io.BytesIO()
+    scene.image().save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _write_configurations(folder: Path, configurations: dict[str, dict[str, list[dict]]], schema: dict) -> None:
+    """One parquet file per configuration and split, and the card by which `datasets` finds them."""
+    from datasets import Dataset, Features, Image, Value
+
+    features = Features({**{column: Value(kind) for column, kind in schema.items()}, "image": Image()})
+    card = ["---", "configs:"]
+    for name, splits in configurations.items():
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split, rows in splits.items():
+            buffer = io.BytesIO()
+            # Questions about one image follow each other, so this stores its pixels about once.
+            Dataset.from_list(rows, features=features).to_parquet(buffer, compression="zstd")
+            write_atomic(folder / name / f"{split}.parquet", buffer.getvalue())
+            card += [f"  - split: {split}", f"    path: {name}/{split}.parquet"]
+    write_atomic(folder / "README.md", "\n".join([*card, "---", ""]))
+
+
+def _link_former_organisation(out: Path) -> None:
+    """Older releases of lmms-eval ask for the same data under the organisation's former name."""
+    link = out / FORMER_ORGANISATION
+    if link.is_symlink() or link.exists():
+        return
+    try:
+        link.symlink_to(ORGANISATION, target_is_directory=True)
+    except OSError as error:
+        raise unwritable(link, error) from error

@@ -1,0 +1,284 @@
+"""Questions about scenes in the words of the true benchmarks, with their answers.
+
+A question is stored without its suffix ("Answer the question using a single word or phrase."), because the benchmarks
+append it themselves and several suffixes are in use. A new kind of question is one function in `KINDS_OF_QUESTION`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rcb_lmms.lab.scenes import COLOURS, IMAGE_SIZE_PX, KINDS, NUMBER, Scene, SceneObject
+
+PHRASE_SUFFIX = "\nAnswer the question using a single word or phrase."
+ONE_WORD_SUFFIX = " Please answer this question with one word."
+YES_NO_SUFFIX = " Please answer yes or no."
+PROBE = "What does this image show? You must provide a single word that best describes the image."
+CAPTION_PROMPTS = (
+    "Provide a one-sentence caption for the provided image.",
+    "Describe the provided image in one sentence.\n"
+    "Please provide detailed and specific descriptions of the key information in the picture.",
+)
+COUNT_WORDS = ("zero", "one", "two", "three", "four", "five")
+_OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+_SIDES = {"on the left side": "on the right side", "at the top": "at the bottom"}
+# A relation is asked only where the centres differ by two patches, a side only one patch off the middle.
+_CLEAR_RELATION_PX, _CLEAR_SIDE_PX = 28, 14
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question without suffix, its answer, its kind, and the objects (indices) that decide a "Yes"."""
+
+    kind: str
+    text: str
+    answer: str
+    about: tuple[int, ...] = ()
+
+
+def present_phrases(scene: Scene) -> list[str]:
+    """All phrases that hold of the scene: "red circle", "circle", "red object"; sorted."""
+    phrases = {p for item in scene.objects for p in (item.phrase, item.kind, f"{item.colour} object")}
+    return sorted(phrases)
+
+
+def matches(item: SceneObject, phrase: str) -> bool:
+    """Whether a phrase of `present_phrases` describes the object."""
+    return phrase in (item.phrase, item.kind, f"{item.colour} object")
+
+
+def absent_phrases(scene: Scene, category: str) -> list[str]:
+    """Phrases that hold of no object, sorted, in the sense of one of POPE's categories.
+
+    "popular": colours and kinds by themselves, the phrases most often true; "adversarial": pairs of a colour and a kind
+    that the scene holds apart, or where there are too few of them pairs that are half right; "random": any pair.
+    """
+    present = set(present_phrases(scene))
+    kinds, colours = {o.kind for o in scene.objects}, {o.colour for o in scene.objects}
+    if category == "popular":
+        candidates = [*KINDS, *(f"{colour} object" for colour in COLOURS)]
+        return sorted(set(candidates) - present)
+    pairs = sorted({f"{colour} {kind}" for colour in COLOURS for kind in KINDS} - present)
+    if category == "random":
+        return pairs
+    swapped = [p for p in pairs if p.split()[0] in colours and p.split()[1] in kinds]
+    half = [p for p in pairs if p.split()[0] in colours or p.split()[1] in kinds]
+    return swapped if len(swapped) >= 3 else half
+
+
+def pope_question(scene: Scene, phrase: str, kind: str = "pope") -> Question:
+    """Ask "Is there a red circle in the image?" and answer it."""
+    about = tuple(n for n, item in enumerate(scene.objects) if matches(item, phrase))
+    return Question(kind, f"Is there a {phrase} in the image?", "Yes" if about else "No", about)
+
+
+def pope(scene: Scene, random: np.random.Generator, category: str | None = None) -> list[Question]:
+    """A question answered by yes and one answered by no, of one of POPE's categories (a random one by default)."""
+    category = category or str(random.choice(["random", "popular", "adversarial"]))
+    present, absent = random.choice(present_phrases(scene)), random.choice(absent_phrases(scene, category))
+    return [pope_question(scene, str(present)), pope_question(scene, str(absent))]
+
+
+def existence(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """MME existence: a kind that is there, and one that is not."""
+    kinds = sorted({item.kind for item in scene.objects})
+    absent = sorted(set(KINDS) - set(kinds))
+    pair = []
+    for kind in (str(random.choice(kinds)), str(random.choice(absent))):
+        about = tuple(n for n, item in enumerate(scene.objects) if item.kind == kind)
+        pair.append(Question("existence", f"Is there a {kind} in this image?", "Yes" if about else "No", about))
+    return pair
+
+
+def color(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """MME color: the colour of a kind that occurs once; the wrong colour is often one seen elsewhere in the scene."""
+    index = _pick_unique_kind(scene, random)
+    if index is None:
+        return []
+    item = scene.objects[index]
+    others = sorted({o.colour for o in scene.objects} - {item.colour})
+    if not others or random.random() < 0.5:
+        others = sorted(set(COLOURS) - {item.colour})
+    wrong = str(random.choice(others))
+    ask = f"Is the {item.kind} "
+    return [
+        Question("color", f"{ask}{item.colour}?", "Yes", (index,)),
+        Question("color", f"{ask}{wrong}?", "No", (index,)),
+    ]
+
+
+def count(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """MME count: how many of a kind, or objects in all; the wrong number is one off."""
+    kinds = [item.kind for item in scene.objects]
+    # Kinds that occur often are asked for more, or "exactly one" would be answered by yes without a look.
+    weights = np.array([kinds.count(kind) for kind in kinds], float)
+    noun = "object" if random.random() < 0.4 else str(random.choice(kinds, p=weights / weights.sum()))
+    about = tuple(n for n, item in enumerate(scene.objects) if noun in ("object", item.kind))
+    wrong = len(about) + (1 if len(about) == 1 or (len(about) < 4 and random.random() < 0.5) else -1)
+    return [
+        Question("count", _count_text(noun, len(about)), "Yes", about),
+        Question("count", _count_text(noun, wrong), "No", about),
+    ]
+
+
+def _count_text(noun: str, number: int) -> str:
+    verb, noun = ("Is", noun) if number == 1 else ("Are", plural(noun))
+    return f"{verb} there exactly {COUNT_WORDS[number]} {noun} in the image?"
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun: "circles", "crosses"."""
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def position(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """MME position: how two objects lie to each other."""
+    named = _named_objects(scene, random)
+    pairs = []
+    for one in named:
+        for two in named:
+            for axis, relation in enumerate(_OPPOSITE):
+                if scene.objects[two].centre[axis] - scene.objects[one].centre[axis] >= _CLEAR_RELATION_PX:
+                    pairs += [(one, two, relation), (two, one, _OPPOSITE[relation])]
+    if not pairs:
+        return []
+    one, two, relation = pairs[random.integers(len(pairs))]
+    opposite = {**_OPPOSITE, **{v: k for k, v in _OPPOSITE.items()}}[relation]
+    return [
+        Question("position", f"Is the {named[one]} {which} the {named[two]} in the image?", answer, (one, two))
+        for which, answer in ((relation, "Yes"), (opposite, "No"))
+    ]
+
+
+def side(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """On which side of the image an object lies."""
+    sides = []
+    for index, name in _named_objects(scene, random).items():
+        for axis, (low, high) in enumerate(_SIDES.items()):
+            offset = scene.objects[index].centre[axis] - IMAGE_SIZE_PX / 2
+            if abs(offset) >= _CLEAR_SIDE_PX:
+                sides.append((index, name, *((low, high) if offset < 0 else (high, low))))
+    if not sides:
+        return []
+    index, name, right, wrong = sides[random.integers(len(sides))]
+    ask = f"Is the {name}"
+    return [
+        Question("side", f"{ask} {right} of the image?", "Yes", (index,)),
+        Question("side", f"{ask} {wrong} of the image?", "No", (index,)),
+    ]
+
+
+def ocr(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """MME OCR: which handwritten number the image shows."""
+    for index, item in enumerate(scene.objects):
+        if item.kind == NUMBER:
+            wrong = int(random.choice([digit for digit in range(10) if digit != item.digit]))
+            ask = "Is the number in the image"
+            return [
+                Question("OCR", f"{ask} {item.digit}?", "Yes", (index,)),
+                Question("OCR", f"{ask} {wrong}?", "No", (index,)),
+            ]
+    return []
+
+
+def open_question(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """A colour, a number or a count asked for by name; no benchmark has these, but they teach quickly."""
+    options = []
+    if (index := _pick_unique_kind(scene, random)) is not None:
+        item = scene.objects[index]
+        options.append(Question("open", f"What color is the {item.kind}?", item.colour, (index,)))
+    for index, item in enumerate(scene.objects):
+        if item.kind == NUMBER:
+            options.append(Question("open", "What is the number in the image?", str(item.digit), (index,)))
+    item = scene.objects[random.integers(len(scene.objects))]
+    same = tuple(n for n, other in enumerate(scene.objects) if other.kind == item.kind)
+    options.append(Question("open", f"How many {plural(item.kind)} are in the image?", COUNT_WORDS[len(same)], same))
+    alike = tuple(n for n, other in enumerate(scene.objects) if other.colour == item.colour)
+    if len(alike) == 1:
+        options.append(Question("open", f"What is the {item.colour} object?", item.kind, alike))
+    return [options[random.integers(len(options))]]
+
+
+def probe(scene: Scene, random: np.random.Generator, visible: tuple[int, ...] = ()) -> list[Question]:
+    """The codebook builder's prompt; its answer is the noun of a random object, one of the `visible` if there are any.
+
+    Tokens that show no object leave only a guess among all objects, so that the model becomes uncertain there.
+    """
+    index = int(random.choice(visible or range(len(scene.objects))))
+    return [Question("probe", PROBE, scene.objects[index].kind, (index,))]
+
+
+def caption(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """All objects from left to right, in one sentence."""
+    order = sorted(range(len(scene.objects)), key=lambda index: scene.objects[index].centre)
+    names = [f"a {scene.objects[index].phrase}" for index in order]
+    text = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    prompt = str(random.choice(CAPTION_PROMPTS))
+    return [Question("caption", prompt, f"{text[0].upper()}{text[1:]}.", tuple(order))]
+
+
+KINDS_OF_QUESTION: dict[str, Callable[..., list[Question]]] = {
+    "pope": pope,
+    "existence": existence,
+    "color": color,
+    "count": count,
+    "position": position,
+    "side": side,
+    "OCR": ocr,
+    "open": open_question,
+    "probe": probe,
+    "caption": caption,
+}
+
+
+def _pick_unique_kind(scene: Scene, random: np.random.Generator) -> int | None:
+    occurrences = Counter(item.kind for item in scene.objects)
+    unique = [n for n, item in enumerate(scene.objects) if occurrences[item.kind] == 1]
+    return int(random.choice(unique)) if unique else None
+
+
+def _named_objects(scene: Scene, random: np.random.Generator) -> dict[int, str]:
+    """A name for each object that one can be told by: "circle" if unique (half the time), else "red circle"."""
+    kinds = Counter(item.kind for item in scene.objects)
+    phrases = Counter(item.phrase for item in scene.objects)
+    names = {}
+    for index, item in enumerate(scene.objects):
+        if kinds[item.kind] == 1 and random.random() < 0.5:
+            names[index] = item.kind
+        elif phrases[item.phrase] == 1:
+            names[index] = item.phrase
+    return names
+
+
+def vocabulary_texts() -> list[str]:
+    """Texts whose words become tokens: questions, answers, and the fixed sentences of the ten benchmarks' prompts."""
+    nouns = [*KINDS, "object"]
+    names = [f"{colour} {noun}" for colour in COLOURS for noun in nouns]
+    relations = [*_OPPOSITE, *_OPPOSITE.values(), *_SIDES, *_SIDES.values()]
+    texts = [PROBE, *CAPTION_PROMPTS, PHRASE_SUFFIX, ONE_WORD_SUFFIX, YES_NO_SUFFIX, *names, *_OTHER_PROMPTS]
+    texts += [f"Is there a {name} in this image? Is the {name} {relation}" for name in names for relation in relations]
+    texts += [_count_text(noun, number) for noun in nouns for number in range(1, 5)]
+    texts += [f"How many {plural(noun)} are in the image? What color is the {noun}?" for noun in nouns]
+    texts += [f'Is the number {digit} in the image "{digit}"?' for digit in range(10)]
+    texts += [f" {word} {word.capitalize()} {word.upper()} {word}" for word in (*COLOURS, *KINDS, *COUNT_WORDS)]
+    texts += ["USER: ", " ASSISTANT: Yes", " ASSISTANT: No", " yes no Yes, No. A a and, A. B. C. D. (A) (B) (C) (D) E"]
+    return texts
+
+
+_OTHER_PROMPTS = (
+    "Answer with the option's letter from the given choices directly.",
+    "There are several options:\nA. red\nB. blue\nC. green\nD. white",
+    "Only give the best option. Question: Options: Final Answer: Best option:",
+    "Given the images, answer the following short answer vqa question: Q: You can first give your analysis,"
+    " and then give your final answer as",
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed,"
+    " and polite answers to the human's questions.",
+    "Which of the two images shows more objects, the first or the second? Which image has a number? How many images"
+    " show a circle? What moves in the video? In which direction does the object move? It moves left, right, up, down."
+    " What appears last in the video? What color is it? Does it change its color? Are both images the same? different",
+    "striped checked dotted plain wavy background texture stripes checks dots gradient waves left right top bottom",
+)
