@@ -22,8 +22,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     text = {"checkpoint": table["pretrained"].fillna("")} if table["pretrained"].nunique(dropna=False) > 1 else {}
     text |= {
         "method": [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()],
-        "budget": table["budget"],
-        "tokens asked": _column(table["target_tokens"], "{:.1f}"),
+        "budget": [_budget(row) for row in table.itertuples()],
         "retained": _column(table["retained_tokens"], "{:.1f}"),
         "layer average": _column(table["layer_average_tokens"], "{:.1f}"),
     }
@@ -69,6 +68,15 @@ def probability(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _budget(row: Any) -> str:
+    """The budget as given, with the tokens that it means unless it says so itself."""
+    import pandas as pd
+
+    if pd.isna(row.target_tokens) or row.budget.startswith("keep="):
+        return row.budget
+    return f"{row.budget} ({row.target_tokens:.1f} tokens)".strip()
+
+
 def _accuracy(row: Any, task: str) -> str:
     import pandas as pd
 
@@ -109,6 +117,16 @@ def write_tables(runs: Sequence[Run], excluded: Sequence[Excluded], out: Path) -
     write_atomic(out / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     write_atomic(out / "comparisons.csv", comparisons.to_csv(index=False, lineterminator="\n"))
     return table
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """A summary table for the terminal."""
+    from tabulate import tabulate
+
+    frame = readable(table)
+    align = ["left", "left", *["right"] * (frame.shape[1] - 2)]
+    options = {"tablefmt": "simple", "disable_numparse": True, "maxheadercolwidths": 10, "showindex": False}
+    print(tabulate(frame, headers="keys", colalign=align, **options))
 
 
 def _markdown(frame: pd.DataFrame) -> str:

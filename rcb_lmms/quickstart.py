@@ -1,0 +1,213 @@
+"""`rcb quickstart`: every method on the laboratory model at two budgets, then one table, one plot and one picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import write_atomic
+
+if TYPE_CHECKING:
+    from rcb_lmms.pruners.base import Pruner
+    from rcb_lmms.report.collect import Excluded
+
+TASKS = ("pope", "mme")
+# A quarter and a ninth of the laboratory model's 144 visual tokens.
+BUDGETS = (36, 16)
+METHODS = ("rcb", "prumerge", "prumerge_plus", "fastv")
+SEEDS = (42, 0, 1234)
+BATCH_SIZE = 64
+SCENES = 3
+FAMILY = "llava"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run: its folder's name, the method and its model_args."""
+
+    name: str
+    method: str
+    arguments: dict[str, Any]
+
+    @property
+    def entry(self) -> str:
+        """lmms-eval model id."""
+        return f"{FAMILY}_{'full' if self.method == 'none' else self.method}"
+
+
+def steps(
+    pretrained: str, codebook: str | None = None, budgets: Sequence[int] = BUDGETS, seeds: Sequence[int] = SEEDS
+) -> list[Step]:
+    """The runs of the quickstart: unpruned, then each method at each budget, random once per seed."""
+    planned = [Step("full", "none", {"pretrained": pretrained})]
+    for keep in budgets:
+        common = {"pretrained": pretrained, "keep": keep}
+        for method in METHODS:
+            own = {"codebook": codebook} if method == "rcb" and codebook else {}
+            planned.append(Step(f"{method}-{keep}", method, common | own))
+        planned += [Step(f"random-{keep}-seed{seed}", "random", common | {"seed": seed}) for seed in seeds]
+    return planned
+
+
+def quickstart(
+    out: Path,
+    *,
+    pretrained: str = "lab",
+    codebook: str | None = None,
+    budgets: Sequence[int] = BUDGETS,
+    seeds: Sequence[int] = SEEDS,
+    pope_images: int = 60,
+    mme_images: int = 60,
+) -> Path:
+    """Run the comparison below `out` and say where everything lies; finished runs are not repeated.
+
+    Args:
+        out: a folder, new or of a quickstart that was interrupted.
+        pretrained: `lab`, or another LLaVA-1.5 checkpoint (its codebook must then be named).
+        codebook: file or id; by default the laboratory's.
+        budgets: retained visual tokens per image, of which RCB and PruMerge meet the mean.
+        seeds: of random pruning.
+        pope_images: images of the laboratory's POPE, 18 questions each.
+        mme_images: images per subtask of the laboratory's MME, two questions each.
+
+    Raises:
+        UserError: no checkpoint or codebook, samples that failed, a folder that cannot be written.
+    """
+    began = time.perf_counter()
+    out = Path(out).resolve()
+    pretrained, codebook = _absolute(pretrained), _absolute(codebook)
+    _check_inputs(pretrained, codebook)
+    data = _write_data(out / "data", pope_images, mme_images)
+    planned = steps(pretrained, codebook, budgets, seeds)
+    _run_all(planned, out / "runs", data)
+    excluded = _report(planned, out, budgets)
+    minutes = (time.perf_counter() - began) / 60
+    print(f"\n{len(planned)} runs, {minutes:.1f} minutes. Everything is in {out}:\n{index(out)}")
+    if excluded:
+        print(f"{len(excluded)} folders are in no table; table.md says why")
+    arguments = ",".join([f"pretrained={pretrained}", "keep=24", *([f"codebook={codebook}"] if codebook else [])])
+    print(f"next: cd {data} && lmms_eval --model {FAMILY}_rcb --model_args {arguments} --tasks {','.join(TASKS)}")
+    return out
+
+
+def _absolute(path: str | None) -> str | None:
+    """Runs work inside the data folder, where a relative path would mean another file."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
+def _check_inputs(pretrained: str, codebook: str | None) -> None:
+    """Refuse before minutes of work what would fail after them."""
+    from rcb_lmms.codebook import Codebook
+    from rcb_lmms.families import default_codebook
+    from rcb_lmms.lab.checkpoint import lab_checkpoint
+
+    if pretrained == "lab":
+        lab_checkpoint(FAMILY)
+    Codebook.load(codebook or default_codebook(FAMILY, pretrained))
+
+
+def _write_data(data: Path, pope_images: int, mme_images: int) -> Path:
+    """The laboratory's benchmarks, unless they are there in these sizes."""
+    from rcb_lmms.lab.data import write_data
+
+    sizes = f"pope_images={pope_images} mme_images={mme_images}\n"
+    done = data / "sizes.txt"
+    if not done.exists():
+        write_data(data, pope_images=pope_images, mme_images=mme_images)
+        write_atomic(done, sizes)
+    elif done.read_text() != sizes:
+        raise UserError(
+            wanted=f"laboratory data with {sizes.strip()}",
+            found=f"{data} with {done.read_text().strip()}",
+            allowed="one size per folder: runs over different samples cannot be compared",
+            next_step="name another folder: --out",
+        )
+    return data
+
+
+def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
+    from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
+
+    manager = None
+    with working_directory(data):
+        for number, step in enumerate(planned, 1):
+            record = read_record(runs / step.name)
+            if not record or record["status"] != "success":
+                print(f"[{number}/{len(planned)}] {step.name}", flush=True)
+                manager = manager or make_task_manager()
+            run_evaluation(
+                step.entry,
+                step.arguments,
+                list(TASKS),
+                runs / step.name,
+                batch_size=BATCH_SIZE,
+                task_manager=manager,
+            )
+
+
+def _report(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> list[Excluded]:
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.plots import accuracy_plot
+    from rcb_lmms.report.tables import print_table, write_tables
+
+    runs, excluded = collect(out / "runs")
+    table = write_tables(runs, excluded, out)
+    accuracy_plot(table, out / "accuracy")
+    _draw_pictures(planned, out, budgets)
+    write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
+    print_table(table)
+    return excluded
+
+
+def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> None:
+    from rcb_lmms.families import load_family
+    from rcb_lmms.report.pictures import kept_tokens_picture
+
+    family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
+    images = [family.open(image) for image in example_images()]
+    for keep in budgets:
+        chosen = {}
+        for step in planned:
+            if step.arguments.get("keep") == keep and step.method not in chosen:
+                chosen[step.method] = _pruner(step, out / "runs")
+        kept_tokens_picture(family, chosen, images, out / f"kept_tokens_{keep}.png")
+
+
+def _pruner(step: Step, runs: Path) -> Pruner:
+    """The method as the run had it, fitted to the run's POPE."""
+    from rcb_lmms.calibrate import with_parameters
+    from rcb_lmms.models.arguments import resolve
+    from rcb_lmms.runs import read_record
+
+    pruner = resolve(FAMILY, step.method, step.arguments).pruner
+    calibration = read_record(runs / step.name)["calibrations"].get("pope")
+    return with_parameters(pruner, calibration["fitted"]) if calibration else pruner
+
+
+def example_images() -> list[Any]:
+    """Three scenes of the laboratory's POPE and the two photographs that scikit-learn ships."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    from rcb_lmms.lab.scenes import make_scene
+
+    scenes = [make_scene("test", number).image() for number in range(SCENES)]
+    return scenes + [Image.fromarray(photograph) for photograph in load_sample_images().images]
+
+
+def index(out: Path) -> str:
+    """What lies in a quickstart folder, as Markdown."""
+    pictures = sorted(path.name for path in out.glob("kept_tokens_*.png"))
+    lines = [
+        "- `table.md`, `table.csv`: every method and budget: accuracy, tokens, relative performance, speed",
+        "- `comparisons.csv`: every method against random pruning, task by task, with p-values",
+        "- `accuracy.png`, `accuracy.svg`: accuracy over retained visual tokens",
+        f"- {', '.join(f'`{name}`' for name in pictures)}: which visual tokens each method keeps",
+        "- `runs/NAME/`: `run.json` (arguments, versions, budgets), `results.json` and every sample's answer",
+        "- `data/`: the laboratory's benchmarks; lmms-eval's own tasks run from here, offline",
+    ]
+    return "\n".join(lines)
