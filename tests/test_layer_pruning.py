@@ -146,7 +146,7 @@ def test_caches_hold_what_each_layer_sees(model, batch):
 
 
 def test_cached_decoding_equals_one_pass_over_the_longer_prompt(model, batch):
-    """With the same tokens pruned, by masks that `reference` does not share: positions continue past the pruned ones."""
+    """With the same tokens pruned by masks: positions continue past the pruned ones."""
     ids, more = batch["input_ids"][:1], torch.tensor([[7, 8, 9]])
     with prune_at_layer(model, layer=2, keep=KEEP, spans=SPANS[0]) as pruning:
         cache = model(ids, use_cache=True).past_key_values

@@ -339,7 +339,7 @@ def test_rcb_refuses_foreign_or_missing_codebooks():
     assert all(part in message for part in ("12", "16", "model-a", "the model in use"))
     with pytest.raises(UserError, match="rcb codebook build"):
         make_pruner("rcb", budget=Budget.tokens(5))
-    with pytest.raises(UserError, match="threshold=0.45"):
+    with pytest.raises(UserError, match=r"threshold=0\.45"):
         make("rcb").select(make_view())
     for option in ("variant", "score_dtype", "tie_mode"):
         with pytest.raises(UserError, match="nonsense"):
@@ -407,7 +407,7 @@ def test_rcb_fit_of_one_view_is_within_half_a_token():
 
 def test_rcb_fit_refuses_targets_out_of_reach():
     scores = [np.zeros(10, np.float32), np.ones(20, np.float32)]
-    with pytest.raises(UserError, match="17.5 native tokens per view"):
+    with pytest.raises(UserError, match=r"17\.5 native tokens per view"):
         make("rcb").fit(scores, [1, 3], 18)
     with pytest.raises(UserError, match="positive"):
         make("rcb").fit(scores, [1, 3], 0)
@@ -572,7 +572,7 @@ def test_prumerge_fit_refuses_what_no_scale_reaches():
     evidence = [np.array([10, 576]), np.array([0, 576])]  # without outliers there is one centre at any scale
     assert pruner.fit(evidence, [1, 1], 289).retained(evidence[0]) == 576
     for target in (1.5, 290):
-        with pytest.raises(UserError, match="means from 2 .* to 289"):
+        with pytest.raises(UserError, match=r"means from 2 .* to 289"):
             pruner.fit(evidence, [1, 1], target)
 
 
@@ -605,7 +605,7 @@ def test_fastv_ranks():
     averaged = make("fastv", Budget.tokens(144), convention="layer_average")
     assert averaged.rank(576, 32) == 115
     assert replace(averaged, layer=3).rank(576, 32) == 99
-    with pytest.raises(UserError, match="layer averages from 180.9"):
+    with pytest.raises(UserError, match=r"layer averages from 180\.9"):
         make("fastv", Budget.tokens(64), convention="layer_average").rank(2880, 32)
     for options in ({"layer": 0}, {"mode": "zero"}, {"convention": "mean"}):
         with pytest.raises(UserError):
