@@ -21,7 +21,7 @@ from rcb_lmms.codebook.artefact import git_blob
 from rcb_lmms.codebook.divergence import divergence, top1_probability
 from rcb_lmms.codebook.dpc import dpc_knn, tie_noise
 from rcb_lmms.codebook.probe import is_article, probed_patches, probed_ranks, uniform_grid, window
-from rcb_lmms.codebook.settings import settings_for
+from rcb_lmms.codebook.settings import parse_changes, settings_for
 from rcb_lmms.codebook.show import show
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import VisualTokens
@@ -516,6 +516,8 @@ def test_patches_by_similarity_with_ties_in_raster_order():
     view = VisualTokens(torch.zeros(9, 2), (3, 3), cls_similarity=similarity.half())
     assert probed_patches(view, 9) == [1, 3, 2, 4, 5, 8, 6, 0, 7]
     assert probed_patches(view, 4) == [1, 3, 2, 4]
+    alike = VisualTokens(torch.zeros(576, 2), (24, 24), cls_similarity=torch.zeros(576))
+    assert probed_patches(alike, 96) == probed_ranks(576)
 
 
 def test_towers_without_cls_are_probed_on_a_uniform_grid():
@@ -562,6 +564,17 @@ def test_settings_refuse_what_is_unknown():
             settings_for(family, preset, **changes)
     with pytest.raises(UserError):
         replace(settings_for("llava"), cluster_input="some")
+
+
+def test_settings_from_the_command_line():
+    written = ["tau_prob=0.3", "tau_in=8", "prompt=What = this?", "k_global=4", "single_repeats=12"]
+    changes = parse_changes(written)
+    assert changes == {"tau_prob": 0.3, "tau_in": 8, "prompt": "What = this?", "k_global": 4.0, "single_repeats": 12}
+    assert isinstance(changes["tau_in"], int)
+    assert settings_for("llava", **changes).prompt == "What = this?"
+    for wrong, found in [("tau=1", "setting=tau"), ("tau_in=8.5", "tau_in=8.5"), ("probes", "probes=")]:
+        with pytest.raises(UserError, match=found):
+            parse_changes([wrong])
 
 
 def test_articles_by_rule():

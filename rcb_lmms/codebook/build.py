@@ -210,7 +210,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> N
             wanted=f"continue with the statistics in {stats}",
             found=f"statistics of another build: {shown}",
             allowed="the same model, images and experiment; only thresholds and rules of choice may change",
-            next_step="repeat the earlier settings, or build into another folder (--workdir)",
+            next_step="repeat the earlier settings, or build into another file",
         )
 
 

@@ -54,8 +54,8 @@ class BuildSettings:
     clusters_across: int = 64
     k_image: int = 5
     k_across: int = 5
-    k_region: float = 1
-    k_global: float = 16
+    k_region: float = 1.0
+    k_global: float = 16.0
     prompt: str = "What does this image show? You must provide a single word that best describes the image."
     article: str = "official"
     probes: int = 96
@@ -123,6 +123,26 @@ def settings_for(family: str, preset: str = "official", **changes: Any) -> Build
     if preset == "paper":
         settings = replace(settings, tau_jsd=settings.tau_jsd * settings.top_k)
     return replace(settings, **changes)
+
+
+def parse_changes(assignments: list[str]) -> dict[str, Any]:
+    """Settings written as `NAME=VALUE`, in the types of `BuildSettings`.
+
+    Raises:
+        UserError: no such setting, or a value of another type.
+    """
+    # single_repeats is the one number whose default is none.
+    kinds = {entry.name: int if entry.default is None else type(entry.default) for entry in fields(BuildSettings)}
+    changes = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in kinds:
+            raise _refused("setting", name, ", ".join(kinds))
+        try:
+            changes[name] = kinds[name](value)
+        except ValueError as error:
+            raise _refused(name, value, kinds[name].__name__) from error
+    return changes
 
 
 def _refused(name: str, value: object, allowed: str) -> UserError:
