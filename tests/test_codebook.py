@@ -387,7 +387,9 @@ def test_dpc_with_fewer_points_than_asked_for():
     x = torch.randn(3, 4)
     assert sorted(dpc_knn(x, 8, 5).labels.tolist()) == [0, 1, 2]
     assert dpc_knn(x[:1], 8, 5, include_self=False).labels.tolist() == [0]
-    assert dpc_knn(x, 2, 99, include_self=False).density.shape == (3,)
+    for include_self, neighbours in ((True, 3), (False, 2)):
+        expected = slow_dpc(x.tolist(), 2, neighbours, tie_noise(3).tolist(), include_self, True)[0]
+        np.testing.assert_allclose(dpc_knn(x, 2, 99, include_self=include_self).density, expected, rtol=1e-6)
 
 
 def test_dpc_separates_clear_clusters_in_half_precision():
