@@ -21,6 +21,7 @@ from rcb_lmms.codebook.artefact import git_blob
 from rcb_lmms.codebook.divergence import divergence, top1_probability
 from rcb_lmms.codebook.dpc import dpc_knn, tie_noise
 from rcb_lmms.codebook.probe import is_article, probed_patches, probed_ranks, uniform_grid, window
+from rcb_lmms.codebook.select import common_clusters
 from rcb_lmms.codebook.settings import parse_changes, settings_for
 from rcb_lmms.codebook.show import show
 from rcb_lmms.errors import UserError
@@ -397,6 +398,35 @@ def test_dpc_separates_clear_clusters_in_half_precision():
     labels = dpc_knn(x, 3, 5).labels.reshape(3, 20)
     assert all(len(row.unique()) == 1 for row in labels)
     assert len(labels[:, 0].unique()) == 3
+
+
+def partition(labels) -> list[list[int]]:
+    return [[row for row, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_surviving_clusters_are_listed_by_their_first_candidate(order):
+    groups = [torch.randn(6, 4) * 0.1, torch.randn(3, 4) + 30]
+    tokens = torch.cat([groups[number] for number in order])
+    settings = settings_for("llava", clusters_across=2, tau_in=0)
+    members = common_clusters(tokens, torch.arange(9), settings)
+    first = len(groups[order[0]])
+    assert [rows.tolist() for rows in members] == [list(range(first)), list(range(first, 9))]
+    assert [len(rows) for rows in common_clusters(tokens, torch.arange(9), replace(settings, tau_in=3))] == [6]
+    assert common_clusters(tokens, torch.arange(9), replace(settings, tau_in=6)) == []
+
+
+def test_neighbours_exclude_the_token_itself_only_under_the_papers_rules():
+    differing = 0
+    for _ in range(20):
+        tokens, found = torch.randn(30, 3, dtype=torch.float64), {}
+        for preset, include_self in (("official", True), ("paper", False)):
+            settings = settings_for("llava", preset, clusters_across=6, k_across=3, tau_in=0)
+            found[preset] = [rows.tolist() for rows in common_clusters(tokens, torch.arange(30), settings)]
+            labels = slow_dpc(tokens.tolist(), 6, 3, tie_noise(30).tolist(), include_self, True)[-1]
+            assert found[preset] == partition(labels)
+        differing += found["official"] != found["paper"]
+    assert differing
 
 
 # Divergences
