@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,11 @@ def quickstart(
     out = Path(out).resolve()
     pretrained, codebook = _absolute(pretrained), _absolute(codebook)
     _check_inputs(pretrained, codebook)
-    data = _write_data(out / "data", pope_images, mme_images)
     planned = steps(pretrained, codebook, budgets, seeds)
-    _run_all(planned, out / "runs", data)
-    excluded = _report(planned, out, budgets)
+    with _quiet(out / "log.txt"):
+        data = _write_data(out / "data", pope_images, mme_images)
+        _run_all(planned, out / "runs", data)
+        excluded = _report(planned, out, budgets)
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{len(planned)} runs, {minutes:.1f} minutes. Everything is in {out}:\n{index(out)}")
     if excluded:
@@ -108,6 +110,14 @@ def _check_inputs(pretrained: str, codebook: str | None) -> None:
     if pretrained == "lab":
         lab_checkpoint(FAMILY)
     Codebook.load(codebook or default_codebook(FAMILY, pretrained))
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Progress bars and warnings of fifteen runs go to a file; errors still end the program."""
+    write_atomic(log, "")
+    with log.open("a", encoding="utf-8") as handle, contextlib.redirect_stderr(handle):
+        yield
 
 
 def _write_data(data: Path, pope_images: int, mme_images: int) -> Path:
@@ -136,9 +146,11 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
     with working_directory(data):
         for number, step in enumerate(planned, 1):
             record = read_record(runs / step.name)
-            if not record or record["status"] != "success":
-                print(f"[{number}/{len(planned)}] {step.name}", flush=True)
-                manager = manager or make_task_manager()
+            print(f"[{number:2}/{len(planned)}] {step.name:<22}", end="", flush=True)
+            if finished := record is not None and record["status"] == "success":
+                print("done before")
+            began = time.perf_counter()
+            manager = manager or (None if finished else make_task_manager())
             run_evaluation(
                 step.entry,
                 step.arguments,
@@ -147,19 +159,21 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
                 batch_size=BATCH_SIZE,
                 task_manager=manager,
             )
+            if not finished:
+                print(f"{time.perf_counter() - began:5.1f} s", flush=True)
 
 
 def _report(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> list[Excluded]:
     from rcb_lmms.report.collect import collect
     from rcb_lmms.report.plots import accuracy_plot
-    from rcb_lmms.report.tables import print_table, write_tables
+    from rcb_lmms.report.tables import for_terminal, write_tables
 
     runs, excluded = collect(out / "runs")
     table = write_tables(runs, excluded, out)
     accuracy_plot(table, out / "accuracy")
     _draw_pictures(planned, out, budgets)
     write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
-    print_table(table)
+    print(for_terminal(table))
     return excluded
 
 
@@ -208,6 +222,7 @@ def index(out: Path) -> str:
         "- `accuracy.png`, `accuracy.svg`: accuracy over retained visual tokens",
         f"- {', '.join(f'`{name}`' for name in pictures)}: which visual tokens each method keeps",
         "- `runs/NAME/`: `run.json` (arguments, versions, budgets), `results.json` and every sample's answer",
+        "- `log.txt`: warnings and progress of the latest call",
         "- `data/`: the laboratory's benchmarks; lmms-eval's own tasks run from here, offline",
     ]
     return "\n".join(lines)

@@ -65,7 +65,7 @@ class Row:
 
 
 def group(runs: Sequence[Run]) -> list[Row]:
-    """Runs as rows: unpruned first, then by method in the registry's order, larger budgets first.
+    """Runs as rows: unpruned first, then larger budgets before smaller, methods in the registry's order.
 
     Raises:
         UserError: two runs of one setting and seed, or runs of one task over different samples.
@@ -85,7 +85,12 @@ def group(runs: Sequence[Run]) -> list[Row]:
                 raise _mixture(other, run, f"different samples of {task}")
     order = list(PRUNERS)
     rows = [Row(tuple(seeds.values())) for seeds in settings.values()]
-    return sorted(rows, key=lambda row: (order.index(row.first.method), -(row.first.target or 0), row.options))
+
+    def place(row: Row) -> tuple:
+        budget = row.first.target or row.mean("retained_visual_tokens") or 0
+        return row.first.method != "none", -round(budget), order.index(row.first.method), row.options
+
+    return sorted(rows, key=place)
 
 
 def _mixture(one: Run, two: Run, found: str) -> UserError:

@@ -119,14 +119,14 @@ def write_tables(runs: Sequence[Run], excluded: Sequence[Excluded], out: Path) -
     return table
 
 
-def print_table(table: pd.DataFrame) -> None:
-    """A summary table for the terminal."""
+def for_terminal(table: pd.DataFrame) -> str:
+    """A summary table as lines of plain text."""
     from tabulate import tabulate
 
     frame = readable(table)
     align = ["left", "left", *["right"] * (frame.shape[1] - 2)]
-    options = {"tablefmt": "simple", "disable_numparse": True, "maxheadercolwidths": 10, "showindex": False}
-    print(tabulate(frame, headers="keys", colalign=align, **options))
+    options = {"tablefmt": "simple", "disable_numparse": True, "maxheadercolwidths": 12, "showindex": False}
+    return tabulate(frame, headers="keys", colalign=align, **options)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

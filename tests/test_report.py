@@ -1,0 +1,511 @@
+"""Stored runs as tables, plots and pictures, on synthetic run folders; then the whole of `rcb quickstart`, tiny."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from rcb_lmms.budget import Budget
+from rcb_lmms.errors import UserError
+from rcb_lmms.families.images import central_square_region, pad_to_square
+from rcb_lmms.pruners import make_pruner
+from rcb_lmms.report import pictures, statistics
+from rcb_lmms.report.collect import collect
+from rcb_lmms.report.plots import accuracy_plot
+from rcb_lmms.report.summary import comparison_table, group, summary_table
+from rcb_lmms.report.tables import for_terminal, readable, write_tables
+
+NATIVE = 144
+
+
+def write_run(
+    folder: Path,
+    method: str,
+    correct: dict[str, list[int]],
+    *,
+    keep: int | None = None,
+    seed: int | None = None,
+    retained: float | None = None,
+    calibrated: bool = False,
+    perception: float = 1000.0,
+    tag: str = "image",
+    **record,
+) -> Path:
+    """A run folder as `run_evaluation` leaves it; `correct` holds 0 or 1 per sample, two samples per image."""
+    arguments = {"pretrained": "lab"} | ({"keep": str(keep)} if keep else {}) | ({"seed": str(seed)} if seed else {})
+    kept = retained or keep or NATIVE
+    achieved = {
+        task: {
+            "samples": len(values),
+            "native_visual_tokens": float(NATIVE),
+            "retained_visual_tokens": kept,
+            "layer_average_visual_tokens": kept + 1.0,
+            "prefill_tflops": 0.001 * kept,
+        }
+        for task, values in correct.items()
+    }
+    content = {
+        "status": "success",
+        "model": f"llava_{'full' if method == 'none' else method}",
+        "arguments": arguments,
+        "tasks": list(correct),
+        "limit": None,
+        "resolved": {"family": "llava", "pruner": {"budget": f"tokens={keep}" if keep and not calibrated else "None"}},
+        "calibrations": {task: {"target": float(keep)} for task in correct} if calibrated else {},
+        "achieved": achieved,
+        "failures": [],
+        "totals": {"questions_per_second": 100.0 / kept},
+    }
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(content | record))
+    results = {"mme": {"mme_perception_score,none": perception}}
+    sizes = {task: {"original": len(values), "effective": len(values)} for task, values in correct.items()}
+    everything = {"results": {task: results.get(task, {}) for task in correct}, "n-samples": sizes}
+    (folder / "results.json").write_text(json.dumps(everything))
+    for task, values in correct.items():
+        rows = [_sample(task, number, value, f"{tag}{number // 2}") for number, value in enumerate(values)]
+        # The order of rows differs between numbers of processes and must not matter.
+        (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return folder
+
+
+def _sample(task: str, number: int, value: int, image: str) -> dict:
+    score = {"question_id": image, "score": float(value)}
+    metric = {"pope": "pope_accuracy", "mme": ("mme_perception_score", "mme_cognition_score")[number % 2]}[task]
+    doc = {"question_id": image, "image_source": image, "question": f"{task} {number}?"}
+    return {"doc_id": number, "target": "yes", "doc": doc, "token_counts": [{}], metric: score}
+
+
+def answers(share: float, count: int = 200, seed: int = 0) -> list[int]:
+    """Exactly `share` of `count` right answers, at places that depend on the seed."""
+    values = np.zeros(count, int)
+    values[np.random.default_rng(seed).permutation(count)[: round(share * count)]] = 1
+    return values.tolist()
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Unpruned, RCB, PruMerge (POPE only), and random with two seeds, at a budget of 36 tokens."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    both = {"pope": answers(0.9), "mme": answers(0.8)}
+    write_run(tmp_path / "full", "none", both, perception=1600)
+    write_run(
+        tmp_path / "rcb",
+        "rcb",
+        {"pope": answers(0.81), "mme": answers(0.7, seed=1)},
+        keep=36,
+        retained=35.75,
+        calibrated=True,
+        perception=1200,
+    )
+    write_run(tmp_path / "prumerge", "prumerge", {"pope": answers(0.7, seed=2)}, keep=36)
+    for seed, share in ((42, 0.60), (7, 0.64)):
+        task_answers = {"pope": answers(share, seed=seed), "mme": answers(0.5, seed=seed)}
+        write_run(tmp_path / f"random{seed}", "random", task_answers, keep=36, seed=seed, perception=800)
+    return tmp_path
+
+
+# Collecting
+
+
+def test_a_whole_run_is_read_in_the_order_of_its_documents(results):
+    runs, excluded = collect(results)
+    assert [run.path.name for run in runs] == ["full", "prumerge", "random42", "random7", "rcb"]
+    assert excluded == []
+    rcb = runs[-1]
+    assert rcb.scores["pope"].values.tolist() == answers(0.81)
+    assert rcb.scores["mme"].clusters[:4].tolist() == ["image0", "image0", "image1", "image1"]
+    assert (rcb.method, rcb.target, rcb.official) == ("rcb", 36.0, {"mme": 1200})
+    assert (runs[0].method, runs[0].target) == ("none", None)
+
+
+def _change(name: str, change):
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(change(path.read_text()))
+
+    return damage
+
+
+DAMAGES = {
+    "not finished": _change("run.json", lambda text: text.replace('"success"', '"started"')),
+    "failed: 0 failed samples": _change("run.json", lambda text: text.replace('"success"', '"failed"')),
+    "limited to the first 8": _change("run.json", lambda text: text.replace('"limit": null', '"limit": 8')),
+    "run.json is damaged": _change("run.json", lambda text: text[:50]),
+    "not a record of this package": _change("run.json", lambda text: '{"model": "llava_hf"}'),
+    "has no totals": _change("run.json", lambda text: text.replace('"totals"', '"other"')),
+    "no run.json": lambda folder: (folder / "run.json").unlink(),
+    "no results.json": lambda folder: (folder / "results.json").unlink(),
+    "results.json is damaged": _change("results.json", lambda text: text[:30]),
+    "has 0 of 200 samples": lambda folder: (folder / "samples_pope.jsonl").unlink(),
+    "has 199 of 200 samples": _change("samples_pope.jsonl", lambda text: text[:-20]),
+    "has 200 of 200 samples": _change("samples_pope.jsonl", lambda text: text.replace('"doc_id": 7,', '"doc_id": 8,')),
+    "KeyError 'pope_accuracy'": _change("samples_pope.jsonl", lambda text: text.replace("pope_accuracy", "accuracy")),
+    "task gqa has no entry": _change("run.json", lambda text: text.replace('["pope"', '["gqa"')),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_an_unusable_run_is_left_out_by_name_and_the_others_stay(results, reason):
+    DAMAGES[reason](results / "rcb")
+    runs, excluded = collect(results)
+    assert "rcb" not in [run.path.name for run in runs]
+    assert len(runs) == 4
+    (left_out,) = excluded
+    assert left_out.path.name == "rcb"
+    assert reason in left_out.reason
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no folder with a run record"):
+        collect(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        collect(tmp_path / "absent")
+
+
+# Statistics
+
+
+def test_interval_of_clustered_answers_is_the_normal_one_with_clustered_standard_error():
+    random = np.random.default_rng(3)
+    chance = random.beta(1, 1, 400)  # images differ in difficulty, so their questions hang together
+    clusters = np.repeat(np.arange(400), 5)
+    values = (random.random(2000) < chance[clusters]).astype(float)
+    mean, low, high = statistics.accuracy_interval(values, clusters)
+    per_image = values.reshape(400, 5).mean(1)
+    half = 1.96 * per_image.std(ddof=1) / 20
+    assert mean == values.mean()
+    assert low == pytest.approx(mean - half, abs=0.05 * half)
+    assert high == pytest.approx(mean + half, abs=0.05 * half)
+    independent = 1.96 * math.sqrt(mean * (1 - mean) / 2000)
+    assert (high - low) / 2 > 1.4 * independent
+
+
+def test_interval_of_unequal_clusters_is_that_of_a_ratio():
+    random = np.random.default_rng(4)
+    sizes = random.integers(1, 8, 300)
+    clusters = np.repeat(np.arange(300), sizes)
+    values = (random.random(len(clusters)) < 0.7).astype(float)
+    mean, low, high = statistics.accuracy_interval(values, clusters)
+    sums = np.array([values[clusters == number].sum() for number in range(300)])
+    half = 1.96 * math.sqrt(np.sum((sums - mean * sizes) ** 2)) / sizes.sum()
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+
+
+def test_interval_of_faultless_answers_counts_images_not_questions():
+    clusters = np.repeat(np.arange(10), 4)
+    assert statistics.accuracy_interval(np.ones(40), clusters) == (1, pytest.approx(0.025**0.1), 1)
+    assert statistics.accuracy_interval(np.zeros(40), clusters) == (0, 0, pytest.approx(1 - 0.025**0.1))
+    assert statistics.mean_interval(np.zeros(40), clusters) == (0, 0, 0)
+
+
+def test_mcnemar_is_the_sum_of_binomial_terms():
+    first = np.array([1] * 12 + [0] * 4 + [1] * 30)
+    second = np.array([0] * 12 + [1] * 4 + [1] * 30)
+    tail = sum(math.comb(16, count) for count in range(5)) / 2**16
+    assert statistics.mcnemar(first, second) == pytest.approx(2 * tail)
+    assert statistics.mcnemar(first, first) == 1
+    with pytest.raises(ValueError, match="scores of 0 and 1"):
+        statistics.mcnemar(first / 2, second)
+
+
+def test_permutation_p_equals_all_swaps_of_whole_images():
+    random = np.random.default_rng(5)
+    clusters = np.repeat(np.arange(8), 3)
+    first, second = random.integers(0, 2, 24) * 1.0, random.random(24)
+    differences = [first[clusters == number].sum() - second[clusters == number].sum() for number in range(8)]
+    swapped = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=8)]
+    extreme = np.mean(np.abs(swapped) >= abs(sum(differences)) - 1e-9)
+    assert 0.01 < extreme < 0.99
+    assert statistics.paired_p([(first, second, clusters)]) == pytest.approx(extreme)
+
+
+def test_permutation_p_weighs_tasks_not_questions():
+    # Twelve images with one question for, one task of twelve images with ten questions against, equally strong.
+    one, many = np.arange(12), np.repeat(np.arange(12), 10)
+    pairs = [(np.ones(12), np.zeros(12), one), (np.zeros(120), np.ones(120), many)]
+    assert statistics.paired_p(pairs) == 1
+    assert statistics.paired_p(pairs[:1]) == pytest.approx(2 / 2**12)
+
+
+def test_permutation_p_is_rarely_small_without_a_difference(monkeypatch):
+    random = np.random.default_rng(6)
+    clusters = np.repeat(np.arange(60), 4)
+    small = 0
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    for _ in range(60):
+        chance = random.random(60)[clusters]
+        first, second = (random.random((2, 240)) < chance).astype(float)
+        small += statistics.paired_p([(first, second, clusters)]) < 0.05
+    assert small <= 8  # 3 are expected; 9 or more have a chance of 0.2%
+
+
+# Tables
+
+
+def test_summary_has_the_numbers_of_the_runs(results):
+    table = summary_table(collect(results)[0])
+    assert table["method"].tolist() == ["none", "rcb", "prumerge", "random"]
+    full, rcb, prumerge, random = (row for _, row in table.iterrows())
+    assert rcb["pope_accuracy"] == pytest.approx(0.81)
+    assert rcb["mme_score"] == 1200
+    assert (rcb["target_tokens"], rcb["retained_tokens"], rcb["layer_average_tokens"]) == (36, 35.75, 36.75)
+    assert rcb["relative"] == pytest.approx(100 * (0.81 / 0.9 + 1200 / 1600) / 2)
+    assert full["relative"] == 100
+    assert random["seeds"] == 2
+    assert random["pope_accuracy"] == pytest.approx(0.62)
+    assert random["pope_std"] == pytest.approx(np.std([0.6, 0.64], ddof=1))
+    assert rcb["questions_per_second"] == pytest.approx(100 / 35.75)
+    assert random["prefill_tflops"] == pytest.approx(0.036)
+    # A method without one of the tasks has no average over them.
+    assert prumerge[["mme_accuracy", "mme_score", "relative", "p_vs_random"]].isna().all()
+    assert full[["target_tokens", "p_vs_random"]].isna().all()
+
+
+def test_the_test_against_random_pools_its_seeds_sample_by_sample(results):
+    table = summary_table(collect(results)[0]).set_index("method")
+    clusters = np.repeat(np.arange(100), 2)
+    pope = np.mean([answers(0.60, seed=42), answers(0.64, seed=7)], axis=0)
+    mme = np.mean([answers(0.5, seed=42), answers(0.5, seed=7)], axis=0)
+    pairs = [(np.array(answers(0.81)), pope, clusters), (np.array(answers(0.7, seed=1)), mme, clusters)]
+    assert table.loc["rcb", "p_vs_random"] == pytest.approx(statistics.paired_p(pairs), abs=1e-3)
+    comparisons = comparison_table(collect(results)[0]).set_index(["method", "task"])
+    assert comparisons.index.tolist() == [("rcb", "pope"), ("rcb", "mme"), ("prumerge", "pope")]
+    row = comparisons.loc[("rcb", "pope")]
+    assert row["difference"] == pytest.approx(0.81 - 0.62)
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["mcnemar_p"] == max(
+        statistics.mcnemar(np.array(answers(0.81)), np.array(answers(share, seed=seed)))
+        for seed, share in ((42, 0.60), (7, 0.64))
+    )
+
+
+def test_tables_are_written_with_blanks_for_what_is_missing(results):
+    table = write_tables(*collect(results), results / "report")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(results / "report" / "table.csv")[["pope_accuracy", "relative", "p_vs_random"]],
+        table[["pope_accuracy", "relative", "p_vs_random"]].astype(float),
+    )
+    lines = (results / "report" / "table.md").read_text().splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:6]}
+    heading = [cell.strip() for cell in lines[0].split("|")[2:-1]]
+    prumerge, random = (
+        dict(zip(heading, cells["prumerge"], strict=True)),
+        dict(zip(heading, cells["random"], strict=True)),
+    )
+    assert prumerge["MME accuracy, %"] == prumerge["MME perception"] == prumerge["relative, %"] == ""
+    assert prumerge["budget"] == "keep=36"
+    assert random["POPE accuracy, %"].startswith("62.0 ± 2.8 [")
+    assert random["prefill TFLOPs"] == "0.036"
+    assert "nan" not in "\n".join(lines).lower()
+    assert len({len(line) for line in for_terminal(table).splitlines()[3:]}) <= 2
+
+
+def test_a_table_names_what_it_leaves_out(results):
+    DAMAGES["not finished"](results / "rcb")
+    write_tables(*collect(results), results)
+    assert "Left out:\n\n- rcb: not finished" in (results / "table.md").read_text()
+
+
+def test_columns_that_say_nothing_are_not_shown(tmp_path):
+    write_run(tmp_path / "full", "none", {"pope": answers(0.9)})
+    columns = readable(summary_table(collect(tmp_path)[0])).columns
+    assert list(columns) == [
+        "method",
+        "retained",
+        "layer average",
+        "POPE accuracy, %",
+        "relative, %",
+        "questions/s",
+        "prefill TFLOPs",
+    ]
+
+
+def test_runs_over_other_samples_are_refused(results):
+    write_run(results / "other", "fastv", {"pope": answers(0.5)}, keep=36, tag="photo")
+    with pytest.raises(UserError, match="different samples of pope"):
+        summary_table(collect(results)[0])
+
+
+def test_a_run_that_is_there_twice_is_refused(results):
+    write_run(results / "copy", "random", {"pope": answers(0.6)}, keep=36, seed=42)
+    with pytest.raises(UserError, match=r"the same run twice: .*copy and .*random42"):
+        group(collect(results)[0])
+
+
+# Plots
+
+
+def test_equal_tables_give_equal_plots(results, tmp_path):
+    table = summary_table(collect(results)[0])
+    png, svg = accuracy_plot(table, tmp_path / "one")
+    assert svg.read_bytes() == accuracy_plot(table, tmp_path / "two")[1].read_bytes()
+    with Image.open(png) as image:
+        assert min(image.size) > 400
+    table[["pope_accuracy", "pope_low", "pope_high"]] -= 0.1
+    assert svg.read_bytes() != accuracy_plot(table, tmp_path / "three")[1].read_bytes()
+
+
+# Pictures
+
+
+def _coordinates(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, each over the whole range."""
+    x, y = (np.arange(width) + 0.5) * 255 / width, (np.arange(height) + 0.5) * 255 / height
+    red, green = np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width))
+    return Image.fromarray(np.stack([red, green, 0 * red], 2).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("preprocess", ["rcb", "pad"])
+@pytest.mark.parametrize("size", [(168, 168), (200, 120), (121, 250), (640, 427), (1200, 40), (30, 20)])
+def test_patch_boxes_undo_the_image_processor(size, preprocess):
+    from transformers import CLIPImageProcessorPil
+
+    side, grid = 56, (4, 4)
+    image = _coordinates(*size)
+    prepared = central_square_region(image) if preprocess == "rcb" else pad_to_square(image, (0, 0, 0))
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_rescale=False, do_normalize=False
+    )
+    pixels = np.asarray(processor(prepared, return_tensors="np")["pixel_values"][0], dtype=float)  # (3, 56, 56)
+    seen = pixels.reshape(3, 4, 14, 4, 14).mean((2, 4)).reshape(3, 16)
+    boxes = pictures.patch_boxes(size, grid, preprocess, side)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    # Where a patch reaches the image's edge, its mean is of something else than the image alone.
+    inside = (boxes >= -1e-9).all(1) & (boxes[:, 2] <= size[0] + 1e-9) & (boxes[:, 3] <= size[1] + 1e-9)
+    assert preprocess == "pad" or inside.all()
+    for axis in range(2):
+        expected = centres[:, axis] * 255 / size[axis]
+        assert np.abs(seen[axis] - expected)[inside].max(initial=0) < 2.5
+        # All boxes are of one size, and neighbours touch.
+        extent = boxes[:, axis + 2] - boxes[:, axis]
+        assert np.ptp(extent) < 1e-9
+    assert np.allclose(boxes[:3, 2], boxes[1:4, 0])
+    assert np.allclose(boxes[:12, 3], boxes[4:, 1])
+
+
+def test_patch_boxes_of_a_wide_photograph_by_hand():
+    # 640 x 427 at 336: the long side becomes int(503.6), and (503 - 336) // 2 = 83 columns are cut off on the left.
+    boxes = pictures.patch_boxes((640, 427), (24, 24), "rcb", 336)
+    scale = 640 / 503
+    assert boxes[0] == pytest.approx([83 * scale, 0, 97 * scale, 427 / 24])
+    assert boxes[-1] == pytest.approx([405 * scale, 427 * 23 / 24, 419 * scale, 427])
+    padded = pictures.patch_boxes((640, 427), (24, 24), "pad", 336)
+    assert padded[0] == pytest.approx([0, -106, 640 / 24, 640 / 24 - 106])
+
+
+def test_kept_patches_stay_as_they_are_and_the_others_do_not():
+    image = Image.fromarray(np.random.default_rng(8).integers(60, 256, (112, 168, 3), dtype=np.uint8))
+    boxes = pictures.patch_boxes(image.size, (4, 4), "rcb", 112)
+    kept = np.array([0, 5, 15])
+    drawn, original = np.asarray(pictures.highlight(image, boxes, kept)), np.asarray(image)
+    for number, (left, top, right, bottom) in enumerate(boxes.astype(int)):
+        patch, before = drawn[top:bottom, left:right], original[top:bottom, left:right]
+        assert patch.shape == (28, 28, 3)
+        if number in kept:
+            assert (patch == before).all()
+        else:
+            assert (patch == patch[..., :1]).all()  # grey
+            assert patch.max() < 0.3 * 255 + 19
+    outside = np.concatenate([drawn[:, :28], drawn[:, 140:]], 1)
+    assert outside.min() > 220
+
+
+def test_pixels_belong_to_the_patch_that_holds_their_centre():
+    boxes = pictures.patch_boxes((10, 10), (3, 3), "rcb", 56)  # borders at 3.33 and 6.67
+    owners = [pictures.kept_mask((10, 10), boxes, np.array([number])) for number in range(9)]
+    assert (np.sum(owners, axis=0) == 1).all()
+    assert owners[0].nonzero()[1].max() == 2
+    assert owners[1].nonzero()[1].tolist()[:4] == [3, 4, 5, 6]
+
+
+def test_fastv_draws_what_eager_attention_ranks_highest(family):
+    import tiny
+
+    pruner = make_pruner("fastv", budget=Budget.tokens(5))
+    image = tiny.random_image(1)
+    kept = pictures.kept_tokens(family, pruner, image, "Is it red?").indices
+    (view,) = family.encode([image])[0]
+    prompt = family.embed(family.prompt("Is it red?"), [view.features])
+    decoder = family.model.get_decoder()
+    decoder.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            attention = decoder(inputs_embeds=prompt.embeds[None], output_attentions=True).attentions[1]
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    ((start, stop),) = prompt.spans
+    row = attention[0].mean(0)[-1, start:stop]
+    assert kept.tolist() == sorted(row.topk(5).indices.tolist())
+    other = pictures.kept_tokens(family, pruner, image, "How many circles are there?").indices
+    assert len(other) == 5
+
+
+def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, monkeypatch):
+    import tiny
+
+    captions = []
+    draw = pictures._draw
+    monkeypatch.setattr(pictures, "_draw", lambda *args: (captions.append(args[2]), draw(*args)))
+    pruners = {
+        "rcb": make_pruner("rcb", budget=Budget.tokens(6), codebook=str(codebook_file)),
+        "prumerge_plus": make_pruner("prumerge_plus", budget=Budget.tokens(6)),
+        "fastv": make_pruner("fastv", budget=Budget.tokens(4)),
+    }
+    images = [tiny.random_image(1), tiny.random_image(2, 60, 90)]
+    out = pictures.kept_tokens_picture(family, pruners, images, tmp_path / "kept.png")
+    assert captions[:4] == ["80 × 60 px", "6 of 16", "5 + 1 merged of 16", "4 of 16"]
+    assert captions[4] == "60 × 90 px"
+    with Image.open(out) as image:
+        assert image.width > image.height > 400
+
+
+# Quickstart
+
+
+def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, capsys, monkeypatch):
+    from rcb_lmms.quickstart import quickstart
+
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    options = {
+        "pretrained": str(checkpoint),
+        "codebook": str(codebook_file),
+        "budgets": (4,),
+        "seeds": (0, 1),
+        "pope_images": 1,
+        "mme_images": 1,
+    }
+    out = quickstart(tmp_path / "quick", **options)
+    said = capsys.readouterr().out
+    table = pd.read_csv(out / "table.csv")
+    assert table["method"].tolist() == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random"]
+    assert table["retained_tokens"].iloc[1:].tolist() == pytest.approx([4.0] * 5, abs=0.5)
+    assert "[ 7/7] random-4-seed1" in said
+    assert "next: cd " in said
+    named = {
+        "index.md",
+        "table.md",
+        "table.csv",
+        "comparisons.csv",
+        "accuracy.png",
+        "accuracy.svg",
+        "kept_tokens_4.png",
+    }
+    assert named <= {path.name for path in out.iterdir()}
+    assert all(f"`{name}`" in (out / "index.md").read_text() for name in named - {"index.md"})
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/run.json")}
+    (out / "runs" / "fastv-4" / "run.json").unlink()  # as after a kill between two runs
+    quickstart(tmp_path / "quick", **options)
+    assert capsys.readouterr().out.count("done before") == 6
+    changed = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert changed == ["fastv-4"]
+    with pytest.raises(UserError, match="runs over different samples cannot be compared"):
+        quickstart(tmp_path / "quick", **options | {"pope_images": 2})
