@@ -406,9 +406,9 @@ def partition(labels) -> list[list[int]]:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_surviving_clusters_are_listed_by_their_first_candidate(order):
-    groups = [torch.randn(6, 4) * 0.1, torch.randn(3, 4) + 30]
+    groups = [torch.randn(6, 4) * 0.1, torch.randn(3, 4) * 0.1 + 3]
     tokens = torch.cat([groups[number] for number in order])
-    settings = settings_for("llava", clusters_across=2, tau_in=0)
+    settings = settings_for("llava", clusters_across=2, k_across=2, tau_in=0)
     members = common_clusters(tokens, torch.arange(9), settings)
     first = len(groups[order[0]])
     assert [rows.tolist() for rows in members] == [list(range(first)), list(range(first, 9))]
