@@ -89,8 +89,11 @@ def rank_for_layer_average(target: float, native: float, layer: int, layers: int
     """The rank whose `layer_average` is nearest to `target`.
 
     Raises:
-        UserError: the first `layer` full layers alone exceed the target; the arithmetic is in the message.
+        UserError: the first `layer` full layers alone exceed the target (the arithmetic is in the message), or no
+            layers are left to prune.
     """
+    if not 1 <= layer < layers:
+        raise _bad("pruning inside the decoder", f"layer {layer} of {layers}", f"layers 1 to {layers - 1}", "layer=2")
     rank = (target * layers - layer * native) / (layers - layer)
     if not 1 <= rank <= native:
         floor = layer_average(1, native, layer, layers)

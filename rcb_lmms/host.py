@@ -103,3 +103,7 @@ def _argument(name: str) -> str | None:
         if argument.startswith(name + "="):
             return argument.partition("=")[2]
     return None
+
+
+if __name__ == "__main__":  # torchrun and accelerate start modules: torchrun -m rcb_lmms.host --model ...
+    main()

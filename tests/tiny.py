@@ -80,7 +80,11 @@ def save_llava(folder: Path) -> Path:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    # Every second token ends an answer, so that random answers are short.
+    model.generation_config.eos_token_id = [2, *range(5, len(words), 2)]
+    model.generation_config.pad_token_id = 3
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -112,9 +116,11 @@ def save_pope(folder: Path, images: int = 6, questions: int = 4) -> Path:
     columns = {name: Value("string") for name in rows[0] if name != "image"} | {"image": Image()}
     home = folder / "lmms-lab-encoder" / "POPE"
     home.mkdir(parents=True)
-    Dataset.from_list(rows, features=Features(columns)).to_parquet(home / "test.parquet")
+    # The name counts: datasets caches by relative path and file name, and would serve another tree's rows.
+    name = f"test-{images}x{questions}.parquet"
+    Dataset.from_list(rows, features=Features(columns)).to_parquet(home / name)
     (home / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: {name}\n---\n"
     )
     return folder
 

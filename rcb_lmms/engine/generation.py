@@ -89,7 +89,7 @@ def generate(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         ranks = None
         if layer_pruner is not None:
-            ranks = [layer_pruner.rank(prompt.native, family.layers) if prompt.spans else 0 for prompt in prompts]
+            ranks = [layer_pruner.rank(prompt.retained, family.layers) if prompt.spans else 0 for prompt in prompts]
             spans = [
                 [(begin + start, end + start) for begin, end in prompt.spans]
                 for prompt, start in zip(prompts, starts, strict=True)

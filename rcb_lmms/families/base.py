@@ -182,17 +182,19 @@ class Family(ABC):
                 allowed="one placeholder per image",
                 next_step="check the task's prompt and the checkpoint's chat template",
             )
-        embeds = self.model.get_input_embeddings()(tokens)
+        packed = [
+            image if isinstance(image, PackedImage) else PackedImage(image, len(image), len(image)) for image in images
+        ]
+        with torch.no_grad():
+            embeds = self.model.get_input_embeddings()(tokens)
         rows, spans, done, length = [], [], 0, 0
-        for position, image in zip(placeholders, images, strict=True):
-            image_rows = image.embeds if isinstance(image, PackedImage) else image
+        for position, image in zip(placeholders, packed, strict=True):
             start = length + position - done
-            rows += [embeds[done:position], image_rows.to(embeds)]
-            done, length = position + 1, start + len(image_rows)
+            rows += [embeds[done:position], image.embeds.to(embeds)]
+            done, length = position + 1, start + len(image.embeds)
             spans.append((start, length))
         rows.append(embeds[done:])
-        counted = [image for image in images if isinstance(image, PackedImage)]
-        native, retained = sum(image.native for image in counted), sum(image.retained for image in counted)
+        native, retained = sum(image.native for image in packed), sum(image.retained for image in packed)
         return Prompt(torch.cat(rows), tuple(spans), native, retained)
 
 

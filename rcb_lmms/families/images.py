@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,19 @@ def as_rgb(image: Image | str | Path) -> Image:
         rgba = opened.convert("RGBA")
         return pil.alpha_composite(pil.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return opened.convert("RGB")
+
+
+@contextlib.contextmanager
+def whole_images_only() -> Iterator[None]:
+    """Inside, cut-off files are errors: lmms-eval makes Pillow fill what is missing with grey, and scores that."""
+    from PIL import ImageFile
+
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def content_key(image: Image) -> str:

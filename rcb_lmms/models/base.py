@@ -146,7 +146,7 @@ class PrunedModel(lmms):
         """Answers of one batch; halved where it fails, until it fits or the failing sample stands alone."""
         layer_pruner = pruner if isinstance(pruner, FastV) else None
         if generation.sampled:
-            torch.manual_seed(self._draw_seed(next(iter(batch.values()))))
+            torch.manual_seed(self._draw_seed(window[next(iter(batch))]))
         try:
             generated = generate(self.family, list(batch.values()), dict(generation.options), layer_pruner)
         except UserError:
@@ -206,10 +206,10 @@ class PrunedModel(lmms):
                 next_step="mend the first failure and repeat the command",
             )
 
-    def _draw_seed(self, prompt: Prompt) -> int:
-        # Drawn answers depend on the seed and the prompt, not on the order or the number of processes.
-        digest = hashlib.sha256(str(self.settings.seed).encode() + prompt.embeds.float().cpu().numpy().tobytes())
-        return int.from_bytes(digest.digest()[:8], "big") >> 1
+    def _draw_seed(self, question: Question) -> int:
+        # Drawn answers depend on the seed and the sample, not on the order or the number of processes.
+        name = f"{self.settings.seed} {question.task} {question.request.doc_id}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
     # Budgets
 

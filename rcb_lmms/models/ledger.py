@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,24 +70,23 @@ def versions() -> dict[str, str | None]:
 
 def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, float]]:
     """Per task: means and spread of the samples' visual tokens and prefill cost."""
-    import numpy as np
-
     tasks: dict[str, list[VisualTokenCounts]] = {}
     for task, counts in rows:
         tasks.setdefault(task, []).append(counts)
     summary = {}
     for task, samples in tasks.items():
-        kept = np.array([sample.visual_kept for sample in samples], dtype=float)
+        kept = [sample.visual_kept for sample in samples]
         summary[task] = {
             "samples": len(samples),
-            "native_visual_tokens": float(np.mean([sample.visual_native for sample in samples])),
-            "retained_visual_tokens": float(kept.mean()),
-            "retained_std": float(kept.std()),
-            "retained_min": float(kept.min()),
-            "retained_median": float(np.median(kept)),
-            "retained_max": float(kept.max()),
-            "layer_average_visual_tokens": float(np.mean([sample.visual_layer_average for sample in samples])),
-            "prefill_tflops": float(np.mean([sample.prefill_tflops for sample in samples])),
+            "native_visual_tokens": statistics.fmean(sample.visual_native for sample in samples),
+            "retained_visual_tokens": statistics.fmean(kept),
+            "retained_std": statistics.pstdev(kept),
+            "retained_min": min(kept),
+            "retained_median": statistics.median(kept),
+            "retained_max": max(kept),
+            # fmean is exact, so the order in which processes report does not matter.
+            "layer_average_visual_tokens": statistics.fmean(sample.visual_layer_average for sample in samples),
+            "prefill_tflops": statistics.fmean(sample.prefill_tflops for sample in samples),
         }
     return summary
 

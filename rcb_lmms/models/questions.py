@@ -7,6 +7,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family, interleave
+from rcb_lmms.families.images import whole_images_only
 
 # Argument -> whether it reaches `generate`. The others are honoured elsewhere, or are other models' business that
 # stock tasks carry (seedbench's image_aspect_ratio).
@@ -97,7 +98,9 @@ class Question:
         """
         _, doc_to_messages, _, doc_id, _, _ = self.request.args
         messages, images = [], []
-        for message in doc_to_messages(self.dataset[doc_id]):
+        with whole_images_only():
+            turns = doc_to_messages(self.dataset[doc_id])
+        for message in turns:
             content = message["content"]
             other = sorted({item["type"] for item in content} - {"image", "text"})
             if other:

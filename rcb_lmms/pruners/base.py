@@ -95,11 +95,15 @@ class Pruner(ABC):
         return None
 
     def retained(self, evidence: Any) -> int:
-        """Tokens the fitted method retains of the view with this evidence; by default the evidence is that count."""
+        """Tokens the fitted method retains of the view with this evidence, `min_keep` included."""
         return int(evidence[0])
 
     def fit(self, evidence: list[Any], weights: list[float], target: float) -> Pruner:
-        """The same method with the parameter that makes the weighted mean of retained tokens per view `target`."""
+        """The same method with the parameter that makes the weighted mean of retained tokens per view `target`.
+
+        Raises:
+            UserError: no parameter reaches the target, or the method has none.
+        """
         raise UserError(
             wanted=f"a mean budget of {target:g} tokens for {self.name}",
             found="a method whose count is exact for every view",

@@ -1,0 +1,152 @@
+import pytest
+import tiny
+import torch
+
+from rcb_lmms.budget import Budget
+from rcb_lmms.cost import DecoderShape, codebook_flops
+from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.generation import generate, last_logits, out_of_memory
+from rcb_lmms.engine.store import ByteStore
+from rcb_lmms.pruners import PRUNERS, make_pruner
+
+OPTIONS = {"max_new_tokens": 6, "do_sample": False}
+
+
+def prompts_of(family, counts):
+    """Ragged prompts: one image each, of which `counts` tokens stay."""
+    prompts = []
+    for seed, count in enumerate(counts):
+        ((view,),) = family.encode([tiny.random_image(seed)])
+        pruner = make_pruner("random", budget=Budget.tokens(count))
+        packed = family.pack_selected([view], [pruner.select(view)])
+        prompts.append(family.embed(family.prompt("Why" + "?" * seed), [packed]))
+    return prompts
+
+
+def test_ragged_batches_give_the_logits_of_single_prompts_in_the_order_given(family):
+    prompts = prompts_of(family, [16, 3, 9, 1, 12])
+    batched = last_logits(family, prompts, batch_size=3)
+    for prompt, row in zip(prompts, batched, strict=True):
+        with torch.inference_mode():
+            alone = family.model(inputs_embeds=prompt.embeds[None]).logits[0, -1]
+        torch.testing.assert_close(row, alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["none", "fastv"])
+def test_batches_generate_what_single_prompts_do(family, method):
+    prompts = prompts_of(family, [16, 8, 12, 5])
+    layer_pruner = make_pruner("fastv", budget=Budget.ratio(0.5)) if method == "fastv" else None
+    together = generate(family, prompts, OPTIONS, layer_pruner)
+    for index, prompt in enumerate(prompts):
+        alone = generate(family, [prompt], OPTIONS, layer_pruner)
+        assert alone.texts == [together.texts[index]]
+        assert alone.output_tokens == [together.output_tokens[index]]
+    assert together.layer_kept == ([8, 4, 6, 2] if layer_pruner else None)
+    assert len(set(together.texts)) > 1
+
+
+def test_all_tokens_generate_what_the_unpruned_model_does(family):
+    for seed in range(3):
+        image, text = tiny.random_image(seed), "Why" + "?" * seed
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = family.processor(images=image, text=prompt, return_tensors="pt")
+        ids = family.model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
+        ours = generate(family, [family.embed(family.prompt(text), [family.encode([image])[0][0].features])], OPTIONS)
+        assert ours.texts == family.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_an_image_is_encoded_once_and_chosen_from_once(family):
+    encoder = ImageEncoder(family, frozenset(), batch_size=2)
+    images = [tiny.random_image(seed) for seed in (0, 1, 0, 2, 1)]
+    keys = [family.key(image) for image in images]
+    calls = []
+
+    class Counting(PRUNERS["random"]):
+        def select(self, view):
+            calls.append(view.key)
+            return super().select(view)
+
+    pruner = Counting(budget=Budget.tokens(4))
+    first = encoder.packed(images, keys, pruner)
+    second = encoder.packed(images[:2], keys[:2], pruner)
+    assert encoder.encoded_images == 3
+    assert sorted(calls) == sorted(set(keys))
+    assert torch.equal(first[0].embeds, first[2].embeds)
+    assert torch.equal(first[1].embeds, second[1].embeds)
+    assert [(packed.native, packed.retained) for packed in first] == [(16, 4)] * 5
+
+
+def test_results_do_not_depend_on_what_the_store_forgot(family):
+    images = [tiny.random_image(seed) for seed in (0, 1, 2, 0, 1)]
+    keys = [family.key(image) for image in images]
+    pruner = make_pruner("random", budget=Budget.tokens(4))
+    large, none = ImageEncoder(family, frozenset()), ImageEncoder(family, frozenset(), store_bytes=0)
+    for a, b in zip(large.packed(images, keys, pruner), none.packed(images, keys, pruner), strict=True):
+        torch.testing.assert_close(a.embeds, b.embeds, rtol=0, atol=1e-5)
+
+
+def test_the_store_forgets_the_least_recently_used():
+    store = ByteStore(10)
+    for name, size in (("a", 4), ("b", 4)):
+        store.put(name, name, size)
+    assert store.get("a") == "a"
+    store.put("c", "c", 4)
+    assert [name in store for name in "abc"] == [True, False, True]
+    store.put("d", "d", 11)
+    assert "d" not in store
+    store.put("a", "A", 6)
+    assert (store.get("a"), store.used_bytes, len(store)) == ("A", 10, 2)
+
+
+def test_the_vision_batch_is_halved_when_memory_runs_out(family, monkeypatch):
+    sizes, encode = [], family.encode
+
+    def tight(images, needs=()):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(images, needs)
+
+    monkeypatch.setattr(family, "encode", tight)
+    encoder = ImageEncoder(family, frozenset(), batch_size=8)
+    images = [tiny.random_image(seed) for seed in range(5)]
+    views = encoder.views(images, [family.key(image) for image in images])
+    assert [own[0].key for own in views] == [family.key(image) for image in images]
+    assert sizes == [5, 2, 3, 1, 2]
+    assert encoder.batch_size <= 2
+
+
+def test_what_counts_as_out_of_memory():
+    assert out_of_memory(torch.OutOfMemoryError("x"))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
+    assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_prefill_flops_are_what_torch_counts(tiny_llama):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    n, config = 37, tiny_llama.config
+    model = tiny_llama.to("meta")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.model(inputs_embeds=torch.zeros(1, n, config.hidden_size, device="meta"))
+    assert DecoderShape.of(config).prefill_flops(n) == counter.get_total_flops()
+
+
+def test_costs_of_the_full_size_models():
+    vicuna = DecoderShape(layers=32, d=4096, m=11008, heads=32, kv_heads=32, head_width=128)
+    llama3 = DecoderShape(layers=32, d=4096, m=14336, heads=32, kv_heads=8, head_width=128)
+    qwen2 = DecoderShape(layers=28, d=3584, m=18944, heads=28, kv_heads=4, head_width=128)
+    tera = [
+        shape.prefill_flops(visual + 60) / 1e12
+        for shape, visual in ((vicuna, 576), (vicuna, 144), (vicuna, 64), (llama3, 2880), (qwen2, 576))
+    ]
+    assert [round(value, 2) for value in tera] == [8.45, 2.66, 1.61, 45.57, 8.46]
+    assert [shape.kv_bytes_per_token() for shape in (vicuna, llama3, qwen2)] == [524288, 131072, 57344]
+    assert round(codebook_flops(576, 454, 4096) / 1e9, 2) == 2.14
+    # FastV's printed table: the average of one layer, 36 + 576 tokens, all of them in the first two of 32 layers.
+    full, half = vicuna.fastv_paper_macs(612), vicuna.fastv_paper_macs(36 + 288)
+    assert round(full / 1e9, 1) == 99.3
+    assert round((2 * full + 30 * half) / 32 / 1e9, 1) == 54.8
+    assert vicuna.prefill_flops(612, 2, 324) == 2 * vicuna.layer_flops(612) + 30 * vicuna.layer_flops(324)

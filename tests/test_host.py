@@ -1,0 +1,92 @@
+"""The `lmms_eval` command: exit statuses that tell the truth, and several processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import test_models
+
+from rcb_lmms import errors, host
+from rcb_lmms.models.ledger import RUNS
+from rcb_lmms.runs import working_directory
+
+
+@pytest.fixture
+def command(pope_tree, checkpoint, tmp_path, monkeypatch):
+    """Run the console script in this process; returns its exit status."""
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(errors, "exit_at_once", False)
+
+    def run(*arguments, model_args="", tree=pope_tree, tasks="pope"):
+        RUNS.clear()
+        given = ["--model_args", f"pretrained={checkpoint}{model_args}", "--tasks", tasks, "--batch_size", "8"]
+        output = ["--output_path", str(tmp_path / "out"), "--log_samples", "--verbosity", "WARNING"]
+        monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments, *given, *output])
+        with working_directory(tree), pytest.raises(SystemExit) as stop:
+            host.main()
+        return stop.value.code
+
+    return run
+
+
+def test_a_complete_run_leaves_its_record_in_the_results_file(command, tmp_path, codebook_file):
+    assert command("--model", "llava_rcb", model_args=f",keep=5,codebook={codebook_file}") == 0
+    (file,) = (tmp_path / "out").rglob("*_results.json")
+    results = json.loads(file.read_text())
+    record = results["rcb"]
+    assert record["model"] == "llava_rcb"
+    assert record["achieved"]["pope"]["retained_visual_tokens"] == pytest.approx(5, abs=0.5)
+    assert record["resolved"]["codebook_sha256"]
+    assert record["versions"]["transformers"]
+    assert results["throughput"]["avg_pope/threshold"] == record["calibrations"]["pope"]["fitted"]["threshold"]
+
+
+def test_failed_samples_set_the_exit_status(command, pope_tree, tmp_path, capsys):
+    tree = test_models.broken_tree(pope_tree, tmp_path / "broken")
+    assert command("--model", "llava_full", tree=tree) == 1
+    assert "llava_full: 4 samples failed and are in no metric; the first: pope 8" in capsys.readouterr().err
+
+
+def test_mistakes_end_in_four_lines_without_a_traceback(command, capsys):
+    assert command("--model", "llava_random", model_args=",kep=4") == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err + shown.out
+    assert [line.split(":")[0] for line in shown.err.splitlines()[-4:]] == ["wanted", "found", "allowed", "next"]
+
+
+@pytest.mark.parametrize(("arguments", "tasks"), [(("--model", "llava_full"), "no_such_task"), (("--model", "x"), "pope")])
+def test_crashes_that_lmms_eval_forgets_set_the_exit_status(command, arguments, tasks):
+    assert command(*arguments, tasks=tasks) == 1
+
+
+@pytest.mark.parametrize("entry", ["llava_rcb"])
+def test_two_processes_give_the_results_of_one(command, entry, pope_tree, checkpoint, codebook_file, tmp_path):
+    arguments = f"pretrained={checkpoint},keep=5,codebook={codebook_file}"
+    assert command("--model", entry, model_args=f",keep=5,codebook={codebook_file}") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", "-m"]
+    given = ["--model", entry, "--model_args", arguments, "--tasks", "pope", "--batch_size", "8", "--log_samples"]
+    subprocess.run(
+        [*launch, "rcb_lmms.host", *given, "--output_path", str(tmp_path / "two")],
+        cwd=pope_tree,
+        env={**os.environ, "RCB_CACHE": str(tmp_path / "cache2"), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    one, two = (_read(tmp_path / name) for name in ("out", "two"))
+    assert one[0]["results"]["pope"]["pope_accuracy,none"] == two[0]["results"]["pope"]["pope_accuracy,none"]
+    assert one[1] == two[1]
+    assert len(two[1]) == 24
+    a, b = one[0]["rcb"], two[0]["rcb"]
+    assert a["calibrations"]["pope"]["fitted"] == b["calibrations"]["pope"]["fitted"]
+    assert a["achieved"] == b["achieved"]
+    assert b["totals"]["questions"] == 24
+
+
+def _read(folder):
+    (results,) = folder.rglob("*_results.json")
+    (samples,) = folder.rglob("*_samples_pope.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    return json.loads(results.read_text()), {row["doc_id"]: row["filtered_resps"] for row in rows}

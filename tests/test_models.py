@@ -1,0 +1,337 @@
+"""The entries as lmms-eval runs them, on a tiny random checkpoint and a POPE tree of 24 questions."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from rcb_lmms import calibrate
+from rcb_lmms.errors import UserError
+from rcb_lmms.models import ENTRIES, class_name
+from rcb_lmms.models.arguments import resolve
+from rcb_lmms.models.questions import Generation
+from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
+
+FAST = {"max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def task_manager():
+    return make_task_manager()
+
+
+@pytest.fixture
+def evaluate(task_manager, pope_tree, checkpoint, tmp_path, monkeypatch):
+    """Run an entry on the tree; returns its record and its samples by document."""
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def run(entry, name="run", tree=pope_tree, batch_size=8, **arguments):
+        out = tmp_path / name
+        with working_directory(tree):
+            run_evaluation(
+                entry,
+                {"pretrained": checkpoint, **arguments},
+                ["pope"],
+                out,
+                batch_size=batch_size,
+                task_manager=task_manager,
+            )
+        rows = [json.loads(line) for line in (out / "samples_pope.jsonl").read_text().splitlines()]
+        return read_record(out), {row["doc_id"]: row for row in rows}
+
+    return run
+
+
+def answers(samples):
+    return {doc_id: row["filtered_resps"] for doc_id, row in samples.items()}
+
+
+def test_manifests_name_classes_that_exist_and_import_no_torch():
+    code = (
+        "import sys, rcb_lmms.models as m; manifests = m.manifests();"
+        "print(sorted(x.model_id for x in manifests), sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    # lmms_eval itself imports torch with its model package, so the registry module is stubbed out of the question.
+    stub = (
+        "import sys, types; r = types.ModuleType('lmms_eval.models.registry_v2');"
+        "r.ModelManifest = lambda **k: types.SimpleNamespace(**k);"
+        "[sys.modules.setdefault(n, types.ModuleType(n)) for n in ('lmms_eval', 'lmms_eval.models')];"
+        "sys.modules['lmms_eval.models.registry_v2'] = r;"
+    )
+    done = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=True)
+    ids = ["llava_fastv", "llava_full", "llava_prumerge", "llava_prumerge_plus", "llava_random", "llava_rcb"]
+    assert done.stdout.strip() == f"{ids} []"
+
+
+def test_every_entry_resolves_through_lmms_evals_registry():
+    from lmms_eval.models import get_model
+
+    for family, methods in ENTRIES.items():
+        for method in methods:
+            model = get_model(f"{family}_{method}")
+            assert model.__name__ == class_name(family, method)
+            assert model.is_simple is False
+            assert (model.family_name, model.method) == (family, "none" if method == "full" else method)
+
+
+@pytest.mark.parametrize("entry", ["llava_full", "llava_rcb", "llava_prumerge", "llava_fastv", "llava_random"])
+def test_batches_of_any_size_give_the_same_answers(evaluate, entry, codebook_file):
+    # Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token.
+    arguments = {"llava_full": {}, "llava_prumerge": {"keep": 2}}.get(entry, {"keep": 5})
+    if entry == "llava_rcb":
+        arguments["codebook"] = codebook_file
+    _, one = evaluate(entry, "one", batch_size=1, **arguments)
+    _, many = evaluate(entry, "many", batch_size=7, **arguments)
+    assert answers(one) == answers(many)
+    assert len(one) == 24
+    assert len({str(answer) for answer in answers(one).values()}) > 2  # a constant answer would prove nothing
+
+
+def test_the_ledger_counts_tokens_and_flops_per_sample(evaluate, codebook_file):
+    record, samples = evaluate("llava_fastv", "fastv", keep=4, layer=1)
+    for row in samples.values():
+        (counts,) = row["token_counts"]
+        assert (counts["visual_native"], counts["visual_kept"]) == (16, 4)
+        assert counts["visual_layer_average"] == (1 * 16 + 3 * 4) / 4
+    assert record["achieved"]["pope"]["layer_average_visual_tokens"] == 7.0
+    _, full = evaluate("llava_full", "full")
+    _, random = evaluate("llava_random", "random", keep=4)
+    tflops = [run[0]["token_counts"][0]["prefill_tflops"] for run in (full, samples, random)]
+    assert tflops[0] > tflops[1] > tflops[2] > 0
+    inputs = [run[0]["token_counts"][0]["input_tokens"] for run in (full, samples, random)]
+    assert (inputs[0] - inputs[2], inputs[0] - inputs[1]) == (12, 0)
+
+
+def test_rcb_meets_a_mean_budget_and_says_so_in_the_results(evaluate, codebook_file, tmp_path):
+    record, samples = evaluate("llava_rcb", "rcb", keep=6.5, codebook=codebook_file)
+    kept = [row["token_counts"][0]["visual_kept"] for row in samples.values()]
+    assert abs(sum(kept) / len(kept) - 6.5) <= 0.5
+    calibration = record["calibrations"]["pope"]
+    assert calibration["target"] == 6.5
+    assert calibration["achieved"] == pytest.approx(sum(kept) / len(kept))
+    assert (calibration["views"], calibration["questions"], calibration["cached"]) == (6, 24.0, False)
+    throughput = json.loads((tmp_path / "rcb" / "results.json").read_text())["throughput"]
+    assert throughput["avg_pope/retained_visual_tokens"] == pytest.approx(calibration["achieved"])
+    assert throughput["avg_pope/threshold"] == calibration["fitted"]["threshold"]
+    assert throughput["avg_failed_samples"] == 0
+    assert record["totals"]["images_encoded"] == 6  # the calibration pass and the answers share them
+    assert record["resolved"]["codebook_sha256"]
+    assert record["versions"]["lmms_eval"] == "0.7.3"
+
+
+def test_a_calibration_is_found_again_and_another_data_set_is_not(evaluate, codebook_file, tmp_path):
+    first, one = evaluate("llava_rcb", "one", keep=5, codebook=codebook_file)
+    second, two = evaluate("llava_rcb", "two", keep=5, codebook=codebook_file, batch_size=3)
+    assert (first["calibrations"]["pope"]["cached"], second["calibrations"]["pope"]["cached"]) == (False, True)
+    assert first["calibrations"]["pope"]["fitted"] == second["calibrations"]["pope"]["fitted"]
+    assert answers(one) == answers(two)
+    other = tiny.save_pope(tmp_path / "other", images=5)
+    third, _ = evaluate("llava_rcb", "three", tree=other, keep=5, codebook=codebook_file)
+    assert third["calibrations"]["pope"]["cached"] is False
+    for file in calibrate.cache_dir().rglob("*.json"):
+        file.write_text("{")  # damaged: as good as none
+    fourth, _ = evaluate("llava_rcb", "four", keep=5, codebook=codebook_file)
+    assert fourth["calibrations"]["pope"]["cached"] is False
+
+
+def test_match_retains_as_many_as_prumerge_does(evaluate, codebook_file):
+    record, samples = evaluate("llava_rcb", "matched", match="prumerge", codebook=codebook_file)
+    from rcb_lmms.budget import Budget
+    from rcb_lmms.families import load_family
+    from rcb_lmms.pruners import make_pruner
+
+    family = load_family(record["resolved"]["pretrained"])
+    pruner = make_pruner("prumerge", budget=Budget.adaptive())
+    views = [family.encode([tiny.random_image(seed)], pruner.needs)[0][0] for seed in range(6)]
+    expected = sum(len(pruner.select(view)) for view in views) / 6
+    assert record["calibrations"]["pope"]["target"] == pytest.approx(expected)
+    kept = [row["token_counts"][0]["visual_kept"] for row in samples.values()]
+    assert abs(sum(kept) / len(kept) - expected) <= 0.5
+
+
+def test_random_depends_on_the_seed_and_not_on_the_order(evaluate):
+    _, a = evaluate("llava_random", "a", keep=3, seed=1)
+    _, b = evaluate("llava_random", "b", keep=3, seed=1, batch_size=5)
+    _, c = evaluate("llava_random", "c", keep=3, seed=2)
+    assert answers(a) == answers(b) != answers(c)
+
+
+def broken_tree(pope_tree, folder):
+    """The POPE tree with the third image's file cut off."""
+    import pyarrow.parquet as parquet
+
+    shutil.copytree(pope_tree, folder)
+    (file,) = (folder / "lmms-lab-encoder" / "POPE").glob("*.parquet")
+    table = parquet.read_table(file)
+    card = file.parent / "README.md"
+    card.write_text(card.read_text().replace(file.name, "broken.parquet"))
+    file = file.parent / "broken.parquet"
+    rows = table.to_pylist()
+    for row in rows[8:12]:
+        row["image"]["bytes"] = row["image"]["bytes"][:60]
+    parquet.write_table(table.from_pylist(rows, schema=table.schema), file)
+    return folder
+
+
+def test_a_failed_sample_is_recorded_and_never_scored(evaluate, pope_tree, tmp_path):
+    tree = broken_tree(pope_tree, tmp_path / "broken")
+    with pytest.raises(UserError, match="4 samples failed"):
+        evaluate("llava_full", "broken_run", tree=tree)
+    record = read_record(tmp_path / "broken_run")
+    assert record["status"] == "failed"
+    assert [failure["doc_id"] for failure in record["failures"]] == [8, 9, 10, 11]
+    assert record["totals"]["questions"] == 20
+    lines = (tmp_path / "broken_run" / "samples_pope.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["doc_id"] for line in lines) == [*range(8), *range(12, 24)]
+    # The healthy samples got the answers that they get without the broken ones.
+    _, whole = evaluate("llava_full", "whole")
+    kept = {json.loads(line)["doc_id"]: json.loads(line)["filtered_resps"] for line in lines}
+    assert kept == {doc_id: answer for doc_id, answer in answers(whole).items() if doc_id in kept}
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(evaluate, monkeypatch):
+    from rcb_lmms.models import base
+
+    sizes, generate = [], base.generate
+
+    def tight(family, prompts, options, layer_pruner=None):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(family, prompts, options, layer_pruner)
+
+    _, calm = evaluate("llava_full", "calm")
+    monkeypatch.setattr(base, "generate", tight)
+    record, samples = evaluate("llava_full", "tight", batch_size=8)
+    assert answers(samples) == answers(calm)
+    assert record["failures"] == []
+    assert sizes[:3] == [8, 4, 2]
+
+
+def test_one_poisoned_prompt_does_not_take_its_batch_along(evaluate, monkeypatch, tmp_path):
+    from rcb_lmms.models import base
+
+    generate = base.generate
+
+    def poisoned(family, prompts, options, layer_pruner=None):
+        if any(torch.isnan(prompt.embeds).any() for prompt in prompts):
+            raise ValueError("not a number")
+        return generate(family, prompts, options, layer_pruner)
+
+    embed = base.load_family.__globals__["Family"].embed
+    seen = []
+
+    def embed_badly(self, ids, images):
+        prompt = embed(self, ids, images)
+        seen.append(prompt)
+        return dataclasses.replace(prompt, embeds=prompt.embeds * float("nan")) if len(seen) == 6 else prompt
+
+    monkeypatch.setattr(base, "generate", poisoned)
+    monkeypatch.setattr("rcb_lmms.families.base.Family.embed", embed_badly)
+    with pytest.raises(UserError, match="1 samples failed"):
+        evaluate("llava_full", "poisoned")
+    record = read_record(tmp_path / "poisoned")
+    assert [failure["error"] for failure in record["failures"]] == ["ValueError: not a number"]
+    assert record["totals"]["questions"] == 23
+
+
+def test_a_finished_run_is_not_repeated_and_its_folder_is_its_own(evaluate, tmp_path):
+    before, _ = evaluate("llava_full", "once")
+    again, _ = evaluate("llava_full", "once")
+    assert before["started"] == again["started"]
+    with pytest.raises(UserError, match="holds another run"):
+        evaluate("llava_random", "once", keep=4)
+    (tmp_path / "once" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        evaluate("llava_full", "once")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "words"),
+    [
+        ("rcb", {"keep": 64, "ratio": 0.5}, "keep=64, ratio=0.5"),
+        ("rcb", {"kep": 64}, "pretrained, dtype, device"),
+        ("none", {"keep": 64}, "llava_full with keep"),
+        ("random", {"threshold": 0.5}, "random with threshold"),
+        ("rcb", {"match": "sparsevlm"}, "no such baseline"),
+        ("rcb", {"keep": "many"}, "not a number"),
+        ("rcb", {"threshold": 45}, "from -1 to 1"),
+        ("random", {"keep": 0}, "whole numbers from 1"),
+        ("random", {"batch_size": "auto"}, "not a positive whole number"),
+        ("fastv", {"mode": "hide"}, "drop"),
+    ],
+)
+def test_wrong_arguments_name_the_allowed_ones(method, arguments, words, codebook_file):
+    if method == "rcb":
+        arguments = {"codebook": codebook_file, **arguments}
+    with pytest.raises(UserError, match=words):
+        resolve("llava", method, arguments)
+
+
+def test_an_entry_without_arguments_means_the_papers_setting(codebook_file):
+    settings = resolve("llava", "rcb", {"codebook": codebook_file})
+    assert settings.loading["pretrained"] == "llava-hf/llava-1.5-7b-hf"
+    assert settings.target.tokens == 64
+    assert resolve("llava", "random", {}).pruner.budget.count(576) == 64
+    assert resolve("llava", "fastv", {}).pruner.rank(576, 32) == 64
+    assert resolve("llava", "prumerge", {}).target.tokens == 64
+
+
+def test_budgets_that_cannot_be_met_are_refused_with_the_arithmetic(evaluate, codebook_file, tmp_path):
+    with pytest.raises(UserError, match="17 retained tokens"):
+        evaluate("llava_random", "a", keep=17)
+    with pytest.raises(UserError, match="views with 16 visual tokens on average"):
+        evaluate("llava_rcb", "b", keep=17, codebook=codebook_file)
+    with pytest.raises(UserError, match=r"\(2 x 16 \+ 2 x rank\) / 4 = 4"):
+        evaluate("llava_fastv", "c", keep=4, convention="layer_average")
+    assert read_record(tmp_path / "a")["status"] == "failed"
+
+
+def test_a_codebook_of_another_width_is_refused(evaluate, tmp_path):
+    wrong = tiny.save_codebook(tmp_path / "wrong.safetensors", width=32)
+    with pytest.raises(UserError, match="32 wide"):
+        evaluate("llava_rcb", codebook=wrong)
+
+
+def test_generation_arguments_are_checked_and_cleaned():
+    greedy = Generation.parse("pope", {"max_new_tokens": 128, "temperature": 0, "top_p": 1.0, "num_beams": 1,
+                                       "do_sample": False, "until": ["\n\n"]})
+    assert dict(greedy.options) == {
+        "max_new_tokens": 128, "num_beams": 1, "do_sample": False, "repetition_penalty": 1.0
+    }
+    assert greedy.cut(" a b\n\nc") == "a b"
+    drawn = Generation.parse("mantis", {"temperature": 0.2, "do_sample": True})
+    assert drawn.sampled
+    assert dict(drawn.options)["max_new_tokens"] == 1024
+    assert Generation.parse("seedbench", {"image_aspect_ratio": "original", "until": "X"}).until == ("X",)
+    with pytest.raises(UserError, match="max_new_tokens, do_sample"):
+        Generation.parse("odd", {"penalty_alpha": 0.6})
+
+
+def test_drawn_answers_depend_on_seed_and_prompt_alone(checkpoint, pope_tree, monkeypatch, tmp_path, task_manager):
+    from lmms_eval.evaluator import simple_evaluate
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+    def draw(seed, batch_size):
+        with working_directory(pope_tree):
+            results = simple_evaluate(
+                model="llava_full",
+                model_args=f"pretrained={checkpoint},seed={seed}",
+                tasks=["pope"],
+                batch_size=batch_size,
+                gen_kwargs="do_sample=True,temperature=1.0,max_new_tokens=4",
+                bootstrap_iters=0,
+                task_manager=task_manager,
+                log_samples=True,
+                limit=6,
+            )
+        return [row["filtered_resps"] for row in results["samples"]["pope"]]
+
+    assert draw(1, 1) == draw(1, 4) != draw(2, 1)
