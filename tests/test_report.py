@@ -478,7 +478,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     options = {
         "pretrained": str(checkpoint),
         "codebook": str(codebook_file),
-        "budgets": (4,),
+        "budgets": (2,),
         "seeds": (0, 1),
         "pope_images": 1,
         "mme_images": 1,
@@ -487,8 +487,10 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     said = capsys.readouterr().out
     table = pd.read_csv(out / "table.csv")
     assert table["method"].tolist() == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random"]
-    assert table["retained_tokens"].iloc[1:].tolist() == pytest.approx([4.0] * 5, abs=0.5)
-    assert "[ 7/7] random-4-seed1" in said
+    sizes = json.loads((out / "runs" / "full" / "results.json").read_text())["n-samples"]
+    assert {task: size["original"] for task, size in sizes.items()} == {"pope": 18, "mme": 10}
+    assert table["retained_tokens"].iloc[1:].tolist() == pytest.approx([2.0] * 5, abs=0.5)
+    assert "[ 7/7] random-2-seed1" in said
     assert "next: cd " in said
     named = {
         "index.md",
@@ -497,15 +499,15 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
         "comparisons.csv",
         "accuracy.png",
         "accuracy.svg",
-        "kept_tokens_4.png",
+        "kept_tokens_2.png",
     }
     assert named <= {path.name for path in out.iterdir()}
     assert all(f"`{name}`" in (out / "index.md").read_text() for name in named - {"index.md"})
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/run.json")}
-    (out / "runs" / "fastv-4" / "run.json").unlink()  # as after a kill between two runs
+    (out / "runs" / "fastv-2" / "run.json").unlink()  # as after a kill between two runs
     quickstart(tmp_path / "quick", **options)
     assert capsys.readouterr().out.count("done before") == 6
     changed = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
-    assert changed == ["fastv-4"]
+    assert changed == ["fastv-2"]
     with pytest.raises(UserError, match="runs over different samples cannot be compared"):
         quickstart(tmp_path / "quick", **options | {"pope_images": 2})

@@ -98,7 +98,7 @@ def _axes(panel: Any, pruned: pd.DataFrame, task: str) -> None:
     if ticks:
         panel.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
     panel.set_title(BENCHMARKS[task].label)
-    panel.set_xlabel("retained visual tokens per question (log scale)")
+    panel.set_xlabel("retained visual tokens per question (log scale, side by side)")
     panel.set_ylabel("accuracy, % (95% interval)")
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     panel.set_axisbelow(True)
