@@ -33,7 +33,7 @@ def main() -> None:
         return
     errors.exit_at_once = True
     with errors.exit_on_user_error():
-        if not {"--config", "--include_path"} & {argument.partition("=")[0] for argument in sys.argv}:
+        if not _names_include_path():
             sys.argv += ["--include_path", str(data_dir("tasks"))]
         started = time.time()
         problems = _watch_errors()
@@ -43,6 +43,13 @@ def main() -> None:
             if stop.code:  # lmms-eval leaves with status 0 after some errors
                 raise
     sys.exit(_status(started, problems))
+
+
+def _names_include_path() -> bool:
+    """Whether the command line or its configuration file chooses an include path, which ours must not replace."""
+    config = _argument("--config")
+    text = Path(config).read_text() if config and Path(config).is_file() else ""
+    return "include_path" in text or _argument("--include_path") is not None
 
 
 def _watch_errors() -> list[str]:
@@ -71,8 +78,10 @@ def _status(started: float, problems: list[str]) -> int:
 
     if int(os.environ.get("RANK", 0)) != 0:
         return 0
-    if output := _argument("--output_path"):
-        _complete_results(Path(output), started, [run for run in RUNS if run.totals])
+    fresh = {
+        file for output in _outputs() for file in output.rglob("*_results.json") if file.stat().st_mtime >= started
+    }
+    _complete_results(sorted(fresh, key=lambda file: file.stat().st_mtime), [run for run in RUNS if run.totals])
     for run in RUNS:
         if run.failures:
             first = run.failures[0]
@@ -85,15 +94,31 @@ def _status(started: float, problems: list[str]) -> int:
     return 1 if problems else 0
 
 
-def _complete_results(output: Path, started: float, runs: list[RunRecord]) -> None:
-    """Add the run record to each results file of this process, under the key `rcb`."""
-    fresh = [file for file in output.rglob("*_results.json") if file.stat().st_mtime >= started]
-    for file in sorted(fresh, key=lambda file: file.stat().st_mtime):
+def _complete_results(files: list[Path], runs: list[RunRecord]) -> None:
+    """Add to each results file of this process the record of its run, under the key `rcb`."""
+    from lmms_eval.utils import simple_parse_args_string
+
+    for file in files:
         results = json.loads(file.read_text())
-        record = next((run for run in runs if run.model == results["config"]["model"]), None)
-        if record is not None:
-            runs.remove(record)
-            write_atomic(file, json.dumps(results | {"rcb": asdict(record)}, indent=2))
+        asked = {name: str(value) for name, value in simple_parse_args_string(results["config"]["model_args"]).items()}
+        for run in runs:
+            if run.model == results["config"]["model"] and asked.items() <= run.arguments.items():
+                runs.remove(run)
+                write_atomic(file, json.dumps(results | {"rcb": asdict(run)}, indent=2))
+                break
+
+
+def _outputs() -> list[Path]:
+    """Output folders of this command: its own, or those of the runs in its configuration file."""
+    if output := _argument("--output_path"):
+        return [Path(output)]
+    if not (config := _argument("--config")):
+        return []
+    import yaml
+
+    runs = yaml.safe_load(Path(config).read_text())
+    runs = runs if isinstance(runs, list) else [runs]
+    return [Path(output) for output in dict.fromkeys(run.get("output_path") for run in runs) if output]
 
 
 def _argument(name: str) -> str | None:

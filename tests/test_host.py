@@ -90,3 +90,24 @@ def _read(folder):
     (samples,) = folder.rglob("*_samples_pope.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     return json.loads(results.read_text()), {row["doc_id"]: row["filtered_resps"] for row in rows}
+
+
+def test_every_run_of_a_configuration_file_keeps_its_own_record(pope_tree, checkpoint, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(errors, "exit_at_once", False)
+    RUNS.clear()
+    common = {"model": "llava_random", "tasks": "pope", "batch_size": 8, "log_samples": True, "limit": 4}
+    runs = [
+        {**common, "model_args": f"pretrained={checkpoint},keep={keep}", "output_path": str(tmp_path / str(keep))}
+        for keep in (7, 3)
+    ]
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(runs))
+    monkeypatch.setattr(sys, "argv", ["lmms_eval", "--config", str(tmp_path / "runs.yaml"), "--verbosity", "WARNING"])
+    with working_directory(pope_tree), pytest.raises(SystemExit) as stop:
+        host.main()
+    assert stop.value.code == 0
+    for keep in (7, 3):
+        (file,) = (tmp_path / str(keep)).rglob("*_results.json")
+        assert json.loads(file.read_text())["rcb"]["achieved"]["pope"]["retained_visual_tokens"] == keep
