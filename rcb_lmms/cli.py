@@ -178,6 +178,56 @@ def codebook_show(codebook: Annotated[str, typer.Argument(help="File or id.")]) 
     typer.echo(describe(Codebook.load(codebook)))
 
 
+@lab_app.command("train")
+def lab_train(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the log and the state of a resumed run.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: int = 0,
+) -> None:
+    """Train the laboratory's LLaVA-1.5. Killed at any moment, the same command continues to the same weights."""
+    from rcb_lmms.lab.train import train
+
+    typer.echo(f"wrote {train(out, device=device, seed=seed)}")
+    typer.echo(f"next: rcb lab check --model {out}")
+
+
+@lab_app.command("data")
+def lab_data(
+    out: Annotated[Path, typer.Option(help="Folder in which lmms_eval then finds its data sets.")],
+    pope_images: Annotated[int, typer.Option(help="Images of POPE, 18 questions each.", min=1)] = 40,
+    mme_images: Annotated[int, typer.Option(help="Images per MME subtask, two questions each.", min=1)] = 40,
+) -> None:
+    """Write the laboratory's benchmarks in the schemas of the true ones."""
+    from rcb_lmms.lab.data import write_data
+
+    typer.echo(f"wrote {write_data(out, pope_images=pope_images, mme_images=mme_images)}")
+    typer.echo(f"next: cd {out} && lmms_eval --model llava_rcb --model_args pretrained=lab,keep=36 --tasks pope,mme")
+
+
+@lab_app.command("images")
+def lab_images(
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
+    count: Annotated[int, typer.Option(help="Scenes.", min=1)] = 200,
+) -> None:
+    """Write scenes for building a codebook; no test scene is among them."""
+    from rcb_lmms.lab.data import codebook_images
+
+    typer.echo(f"wrote {len(codebook_images(out, count))} scenes to {out}")
+    typer.echo(f"next: rcb codebook build --model lab --images {out} --out lab.safetensors")
+
+
+@lab_app.command("check")
+def lab_check(
+    model: Annotated[str, typer.Option(help="lab, or the folder of a laboratory checkpoint.")] = "lab",
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 100,
+) -> None:
+    """Print the controls: unpruned, blank image, background alone, objects alone, random tokens."""
+    from rcb_lmms.lab.check import check
+    from rcb_lmms.lab.checkpoint import lab_checkpoint
+
+    check(lab_checkpoint("llava") if model == "lab" else model, scenes=scenes)
+
+
 def find_images(folder: Path) -> list[Path]:
     """Image files of a folder, by name.
 
