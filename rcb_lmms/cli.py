@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,10 @@ lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, c
 app.add_typer(codebook_app, name="codebook")
 app.add_typer(lab_app, name="lab")
 
-Device = Annotated[Optional[str], typer.Option(help="Torch device; cuda if there is one.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; cuda if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Batch = Annotated[int, typer.Option(help="Per forward pass.", min=1)]
-Preprocess = Annotated[Optional[str], typer.Option(help="Image preset: rcb (the paper's) or the family's own.")]
+Preprocess = Annotated[str | None, typer.Option(help="Image preset: rcb (the paper's) or the family's own.")]
 Pretrained = Annotated[str, typer.Option(help="lab, a folder, or a Hugging Face id.")]
 
 
@@ -71,12 +71,12 @@ def calibrate(
     model: Pretrained,
     images: Annotated[Path, typer.Option(help="Folder of images: the data set by which the budget is met.")],
     keep: Annotated[float, typer.Option(help="Mean retained visual tokens per view.")] = 64,
-    match: Annotated[Optional[str], typer.Option(help="Match a baseline instead: prumerge, prumerge_plus.")] = None,
-    codebook: Annotated[Optional[str], typer.Option(help="File or id; by default the model's.")] = None,
+    match: Annotated[str | None, typer.Option(help="Match a baseline instead: prumerge, prumerge_plus.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
     preprocess: Preprocess = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    out: Annotated[Optional[Path], typer.Option(help="Write the record here as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the record here as JSON.")] = None,
 ) -> None:
     """Find RCB's threshold for a budget on a folder of images: one vision-only pass, no language model."""
     from rcb_lmms.calibrate import calibrate_images
@@ -108,7 +108,7 @@ def show(
     model: Pretrained = "lab",
     keep: Annotated[int, typer.Option(help="Retained visual tokens per image.")] = 36,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rcb,prumerge,prumerge_plus,random",
-    codebook: Annotated[Optional[str], typer.Option(help="File or id; by default the model's.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
     preprocess: Preprocess = None,
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("kept_tokens.png"),
 ) -> None:
@@ -120,9 +120,7 @@ def show(
 
     family = load_family(model, preprocess=preprocess)
     own = {"rcb": {"codebook": codebook or default_codebook(family.name, model)}}
-    pruners = {
-        name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")
-    }
+    pruners = {name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")}
     kept_tokens_picture(family, pruners, [family.open(image) for image in images], out)
     typer.echo(f"wrote {out}")
 
@@ -132,9 +130,9 @@ def codebook_build(
     model: Pretrained,
     images: Annotated[Path, typer.Option(help="Folder of images, taken in the order of their names.")],
     out: Annotated[Path, typer.Option(help="The .safetensors to write; statistics go to OUT.stats.")],
-    preset: Annotated[Optional[str], typer.Option(help="official, paper, paper_literal or lab.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first images.")] = None,
-    setting: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE, e.g. tau_prob=0.1; repeatable.")] = None,
+    preset: Annotated[str | None, typer.Option(help="official, paper, paper_literal or lab.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. tau_prob=0.1; repeatable.")] = None,
     rethreshold: Annotated[bool, typer.Option(help="Only choose again from stored statistics; no model.")] = False,
     batch_size: Batch = 32,
     preprocess: Preprocess = None,
@@ -161,7 +159,7 @@ def codebook_build(
 @codebook_app.command("import")
 def codebook_import(
     file: Annotated[Path, typer.Argument(help="A .pt file of the released codebooks.")],
-    out: Annotated[Optional[Path], typer.Option(help="The .safetensors; by default where its id finds it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The .safetensors; by default where its id finds it.")] = None,
 ) -> None:
     """Convert a released tensor file, verified by its git blob id."""
     from rcb_lmms.codebook.cards import import_upstream

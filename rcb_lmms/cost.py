@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a language model's decoder: `layers`, width `d`, feed-forward `m`, query and key/value heads, head width."""
+    """Sizes of a decoder: `layers`, width `d`, feed-forward `m`, query and key/value heads, head width."""
 
     layers: int
     d: int

@@ -49,7 +49,9 @@ def test_all_tokens_generate_what_the_unpruned_model_does(family):
     for seed in range(3):
         image, text = tiny.random_image(seed), "Why" + "?" * seed
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        prompt = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt = family.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         inputs = family.processor(images=image, text=prompt, return_tensors="pt")
         ids = family.model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
         ours = generate(family, [family.embed(family.prompt(text), [family.encode([image])[0][0].features])], OPTIONS)

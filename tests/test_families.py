@@ -27,7 +27,9 @@ def test_keeping_everything_gives_the_embeddings_of_the_unpruned_model(family, c
         rows = torch.cat(list(family.model.get_image_features(inputs["pixel_values"]).pooler_output))
         embeds[inputs["input_ids"][0] == family.model.config.image_token_id] = rows
     views = family.encode(images)
-    prompt = family.embed(family.prompt("What is it?", count), [family.pack([v.features for v in own]) for own in views])
+    prompt = family.embed(
+        family.prompt("What is it?", count), [family.pack([v.features for v in own]) for own in views]
+    )
     torch.testing.assert_close(prompt.embeds, embeds, rtol=0, atol=1e-6)
     assert [end - start for start, end in prompt.spans] == [16] * count
     assert prompt.prefix == prompt.spans[-1][1]

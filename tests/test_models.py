@@ -300,10 +300,15 @@ def test_a_codebook_of_another_width_is_refused(evaluate, tmp_path):
 
 
 def test_generation_arguments_are_checked_and_cleaned():
-    greedy = Generation.parse("pope", {"max_new_tokens": 128, "temperature": 0, "top_p": 1.0, "num_beams": 1,
-                                       "do_sample": False, "until": ["\n\n"]})
+    greedy = Generation.parse(
+        "pope",
+        {"max_new_tokens": 128, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False, "until": ["\n\n"]},
+    )
     assert dict(greedy.options) == {
-        "max_new_tokens": 128, "num_beams": 1, "do_sample": False, "repetition_penalty": 1.0
+        "max_new_tokens": 128,
+        "num_beams": 1,
+        "do_sample": False,
+        "repetition_penalty": 1.0,
     }
     assert greedy.cut(" a b\n\nc") == "a b"
     drawn = Generation.parse("mantis", {"temperature": 0.2, "do_sample": True})

@@ -95,9 +95,7 @@ def generate(
                 for prompt, start in zip(prompts, starts, strict=True)
             ]
             stack.enter_context(
-                prune_at_layer(
-                    family.model, layer=layer_pruner.layer, keep=ranks, spans=spans, mode=layer_pruner.mode
-                )
+                prune_at_layer(family.model, layer=layer_pruner.layer, keep=ranks, spans=spans, mode=layer_pruner.mode)
             )
         ids = family.model.generate(
             inputs_embeds=embeds,

@@ -56,6 +56,9 @@ def load_family(
         pretrained: `lab`, a folder, or a Hugging Face id, `id@revision` to pin one.
         family: the family the caller expects; `None` takes what the checkpoint is.
         device: torch device; by default `cuda` if there is one.
+        attn_implementation: of the language model and the tower; no method needs `eager`.
+        preprocess: one of the family's presets, by default the paper's.
+        template: `checkpoint`, or another of the family's chat templates.
         dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
 
     Raises:

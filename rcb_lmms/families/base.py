@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def prefix(self) -> int:
-        """Rows up to the end of the last image: equal for all questions about the same images, so they can be shared."""
+        """Rows up to the end of the last image: equal for all questions about the same images, to be shared by them."""
         return self.spans[-1][1] if self.spans else 0
 
 
@@ -91,11 +91,13 @@ class Family(ABC):
         self.template = choose("template", template, self.templates)
 
     @property
-    def device(self):
+    def device(self) -> Any:
+        """Where the model is."""
         return self.model.device
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
+        """Type of the model's weights."""
         return self.model.dtype
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import central_square_region, content_key, pad_to_square
@@ -36,7 +36,7 @@ class Llava(Family):
     checkpoint = "llava-hf/llava-1.5-7b-hf"
     codebook = "llava-1.5-7b"
     preprocessing = ("rcb", "pad")
-    templates = {"checkpoint": None, "vicuna": VICUNA}
+    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
 
     def __init__(self, model: Any, processor: Any, **options: Any):
         super().__init__(model, processor, **options)

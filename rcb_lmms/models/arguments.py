@@ -98,9 +98,7 @@ def _budget_names(method: str) -> tuple[str, ...]:
     return {"none": (), "rcb": BUDGETS}.get(method, ("keep", "ratio", "match"))
 
 
-def _budget(
-    method: str, given: dict[str, Any], options: dict[str, Any]
-) -> tuple[Budget | None, Target | None]:
+def _budget(method: str, given: dict[str, Any], options: dict[str, Any]) -> tuple[Budget | None, Target | None]:
     if len(given) > 1:
         raise UserError(
             wanted="one budget",

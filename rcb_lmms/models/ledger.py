@@ -95,7 +95,9 @@ def report_metrics(run: RunRecord, rows: list[tuple[str, VisualTokenCounts]]) ->
     """Put a run's numbers into lmms-eval's throughput summary, under `avg_<task>/...`."""
     from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
-    numbers: dict[str, float] = {f"{task}/{name}": value for task, own in run.achieved.items() for name, value in own.items()}
+    numbers: dict[str, float] = {
+        f"{task}/{name}": value for task, own in run.achieved.items() for name, value in own.items()
+    }
     for task, record in run.calibrations.items():
         numbers[f"{task}/target_visual_tokens"] = record["target"]
         numbers |= {f"{task}/{name}": value for name, value in record["fitted"].items()}
