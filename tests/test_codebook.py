@@ -48,6 +48,8 @@ def test_saving_and_loading_keeps_values_facts_and_bytes(tmp_path, codebook, dty
     assert loaded.meta == codebook.meta
     assert loaded.sha256 == codebook.sha256
     assert loaded.save(tmp_path / "b.safetensors").read_bytes() == first
+    shuffled = Codebook(codebook.prototypes, dict(reversed(codebook.meta.items())))
+    assert shuffled.save(tmp_path / "c.safetensors").read_bytes() == first
 
 
 def test_the_hash_names_the_content(codebook):

@@ -427,7 +427,7 @@ def test_statistics_of_another_build_are_refused(tmp_path, images, finished):
         ({"family": revised}, "revision r1"),
         ({"listed": images[::-1]}, "images"),
         ({"listed": images[:3]}, "4 images"),
-        ({"settings": replace(SETTINGS, prompt="why")}, "prompt=what"),
+        ({"settings": replace(SETTINGS, prompt="why")}, "prompt what (now why)"),
     ]:
         with pytest.raises(UserError, match="another build") as error:
             again(**arguments)

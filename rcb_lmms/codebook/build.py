@@ -196,10 +196,15 @@ def _fingerprint(family: Family) -> str:
 def _open_manifest(stats: Path, wanted: dict[str, Any]) -> None:
     if (stats / MANIFEST).exists():
         found = read_manifest(stats)
-        # A resumed build may run a newer version of this package; the file keeps the version it began with.
-        _check_same({**found, "source": None}, json.loads(json.dumps({**wanted, "source": None})), stats)
+        _check_same(_flat(found), _flat(json.loads(json.dumps(wanted))), stats)
     else:
         write_atomic(stats / MANIFEST, json.dumps(wanted, indent=1) + "\n")
+
+
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
+    # A resumed build may run a newer version of this package; the file keeps the version it began with.
+    kept = {key: value for key, value in manifest.items() if key not in ("experiment", "source")}
+    return kept | manifest["experiment"]
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> None:
@@ -215,8 +220,6 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> N
 
 
 def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={entry}" for key, entry in value.items())
     text = f"{len(value)} images" if isinstance(value, list) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
