@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from rcb_lmms.engine.encoding import ImageEncoder, select
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner, check_needs
+from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,11 +191,6 @@ def with_parameters(pruner: Pruner, fitted: Mapping[str, float]) -> Pruner:
     if "tokens" in fitted:
         return replace(pruner, budget=Budget.tokens(int(fitted["tokens"])))
     return replace(pruner, budget=Budget.adaptive(), scale=fitted["scale"])
-
-
-def cache_dir() -> Path:
-    """Where calibrations and downloads are kept: `RCB_CACHE`, or `~/.cache/rcb_lmms`."""
-    return Path(os.environ.get("RCB_CACHE") or Path.home() / ".cache" / "rcb_lmms")
 
 
 def cached(key: Mapping[str, Any]) -> Calibration | None:

@@ -175,7 +175,7 @@ def _disk() -> Iterator[Check]:
     import os
     import shutil
 
-    from rcb_lmms.calibrate import cache_dir
+    from rcb_lmms.resources import cache_dir
 
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     places = {"disk, here": Path.cwd(), "disk, rcb cache": cache_dir(), "disk, models": hub}
@@ -194,7 +194,7 @@ def _disk() -> Iterator[Check]:
 def _cache() -> Check:
     import os
 
-    from rcb_lmms.calibrate import cache_dir
+    from rcb_lmms.resources import cache_dir
 
     place = cache_dir()
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
@@ -207,9 +207,8 @@ def _cache() -> Check:
 
 def _codebooks() -> Iterator[Check]:
     """Every known codebook: shipped, cached, or the command that gets it."""
-    from rcb_lmms.codebook.cards import cache_dir, cards
+    from rcb_lmms.codebook.cards import cards, local_file
     from rcb_lmms.errors import UserError
-    from rcb_lmms.resources import data_dir
 
     try:
         known = cards()
@@ -217,22 +216,15 @@ def _codebooks() -> Iterator[Check]:
         yield Check("codebooks", f"{error.wanted}: {error.found}", False, True, "no rcb entry starts", error.next_step)
         return
     for card in known.values():
-        shipped, cached = data_dir("codebooks") / (card.file or ""), cache_dir() / f"{card.id}.safetensors"
         name = f"codebook {card.id}"
-        if shipped.is_file() or cached.is_file():
-            yield Check(name, "shipped" if shipped.is_file() else f"cached at {cached}")
+        if (file := local_file(card)) is not None:
+            yield Check(name, str(file))
         elif card.source is None:
-            mend = f"rcb codebook build {card.model} --images DIR --out {shipped}"
-            yield Check(name, f"not made yet: no {shipped}", False, False, f"no rcb on {card.model}", mend)
+            mend = f"rcb codebook build --model {card.model} --images DIR --out codebooks/{card.file}"
+            yield Check(name, "not made yet", False, False, f"no rcb on {card.model}", mend)
         else:
-            file = Path(card.source.path).name
-            ids = Path(file).with_suffix(".json").name
             cost = f"downloaded on first use of codebook={card.id}; a machine without network needs it by hand"
-            mend = (
-                f"curl -L -o {file} {card.source.url} && curl -L -o {ids} {card.source.address}/{card.source.ids} "
-                f"&& rcb codebook import {file}"
-            )
-            yield Check(name, "not here yet", False, False, cost, mend)
+            yield Check(name, "not here yet", False, False, cost, card.source.by_hand)
 
 
 def _laboratory() -> Check:

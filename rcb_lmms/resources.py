@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,11 @@ def data_dir(name: str) -> Path:
         allowed="a source checkout, or a wheel built from one",
         next_step="pip install --force-reinstall rcb_lmms",
     )
+
+
+def cache_dir() -> Path:
+    """Where calibrations and downloads are kept: `RCB_CACHE`, or `~/.cache/rcb_lmms`."""
+    return Path(os.environ.get("RCB_CACHE") or Path.home() / ".cache" / "rcb_lmms")
 
 
 def source_version() -> dict[str, str | None]:

@@ -70,7 +70,7 @@ def test_normalised_rows_are_float32_directions_and_kept(codebook):
     expected = values / np.linalg.norm(values, axis=-1, keepdims=True)
     np.testing.assert_allclose(codebook.normalized().numpy(), expected, atol=1e-7)
     half = codebook.normalized("cpu", torch.float16)
-    assert torch.equal(half, codebook.normalized().half())
+    torch.testing.assert_close(half.float(), codebook.normalized(), rtol=0, atol=1e-3)
     assert codebook.normalized("cpu", torch.float16) is half
 
 
@@ -254,7 +254,7 @@ def test_a_download_of_other_content_is_refused_and_not_kept(released, codebook)
     save_pt(released / "far.pt", codebook.prototypes + 1)
     with pytest.raises(UserError, match="another content"):
         Codebook.load("far")
-    assert not list(cards.cache_dir().parent.rglob("*.safetensors"))
+    assert not list(cards.cache_dir().rglob("*.safetensors"))
 
 
 def test_importing_a_released_file_serves_its_id(released, tmp_path, codebook):
@@ -507,7 +507,7 @@ def test_windows_at_every_position(height, width):
 def test_the_96_ranks_of_the_release():
     starts = (37, 73, 145, 217, 289, 361, 433, 505, 569)
     one_based = list(range(1, 25)) + [start + step for start in starts for step in range(8)]
-    assert probed_ranks(576) == [rank - 1 for rank in one_based]
+    assert probed_ranks(576) == one_based
 
 
 @pytest.mark.parametrize("n", [1, 9, 12, 16, 95, 96, 97, 144, 196, 256, 577, 729, 1024])
@@ -516,33 +516,14 @@ def test_ranks_for_other_grids_are_distinct_and_within(n, count):
     ranks = probed_ranks(n, count)
     assert len(ranks) == min(n, count)
     assert sorted(set(ranks)) == ranks
-    assert ranks[0] == 0
-    assert ranks[-1] < n
-    assert count < 12 or ranks[-1] == n - 1
+    assert ranks[0] == 1
+    assert ranks[-1] <= n
+    assert count < 12 or ranks[-1] == n
 
 
 def test_ranks_of_the_laboratory_spread_over_the_whole_order():
-    assert probed_ranks(144, 24) == [
-        *range(6),
-        9,
-        10,
-        18,
-        19,
-        36,
-        37,
-        54,
-        55,
-        72,
-        73,
-        90,
-        91,
-        108,
-        109,
-        126,
-        127,
-        142,
-        143,
-    ]
+    blocks = [first + step for first in (10, 19, 37, 55, 73, 91, 109, 127, 143) for step in range(2)]
+    assert probed_ranks(144, 24) == [*range(1, 7), *blocks]
 
 
 def test_patches_by_similarity_with_ties_in_raster_order():
@@ -551,7 +532,7 @@ def test_patches_by_similarity_with_ties_in_raster_order():
     assert probed_patches(view, 9) == [1, 3, 2, 4, 5, 8, 6, 0, 7]
     assert probed_patches(view, 4) == [1, 3, 2, 4]
     alike = VisualTokens(torch.zeros(576, 2), (24, 24), cls_similarity=torch.zeros(576))
-    assert probed_patches(alike, 96) == probed_ranks(576)
+    assert probed_patches(alike, 96) == [rank - 1 for rank in probed_ranks(576)]
 
 
 def test_towers_without_cls_are_probed_on_a_uniform_grid():

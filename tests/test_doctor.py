@@ -136,7 +136,7 @@ def test_codebooks_are_shipped_cached_or_come_with_a_command(monkeypatch, tmp_pa
     released = before["codebook llava-1.5-7b"]
     assert released.mend.startswith("curl -L -o coco_train_500samples_numPrototypes-454.pt https://")
     assert released.mend.endswith("rcb codebook import coco_train_500samples_numPrototypes-454.pt")
-    assert before["codebook lab-llava"].mend.startswith("rcb codebook build lab ")
+    assert before["codebook lab-llava"].mend.startswith("rcb codebook build --model lab ")
     (own_cache / "codebooks").mkdir(parents=True)
     (own_cache / "codebooks" / "llava-1.5-7b.safetensors").write_bytes(b"")
     (cards / "lab-llava.safetensors").write_bytes(b"")

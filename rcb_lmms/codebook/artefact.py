@@ -58,14 +58,16 @@ class Codebook:
         return self.meta["sha256"]
 
     def normalized(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of unit L2 norm `(m, d)`, normalised in float32 and then cast; kept for the next call."""
+        """Rows of unit L2 norm `(m, d)` in `dtype` (float32), kept for the next call.
+
+        Cast first, as released: rows normalised in float32 would differ in float16's last digit.
+        """
         import torch
 
         dtype = dtype or torch.float32
         place = (str(device), dtype)
         if place not in self._unit:
-            unit = torch.nn.functional.normalize(self.prototypes.float(), dim=-1, eps=EPS)
-            self._unit[place] = unit.to(device, dtype)
+            self._unit[place] = unit_rows(self.prototypes.to(device, dtype))
         return self._unit[place]
 
     def check_width(self, width: int, model: str) -> None:
@@ -129,6 +131,14 @@ class Codebook:
         meta |= {"verified": card is not None, "git_blob": blob, "imported_from": path.name}
         meta["rows"] = _upstream_rows(path.with_suffix(".json"), card.clusters if card else ())
         return cls(tensor, meta)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows `(n, d)` scaled to length 1; a row of zeros stays one."""
+    import torch
+
+    # The official epsilon is nothing in float16, where a row of zeros would become NaN.
+    return torch.nn.functional.normalize(rows, dim=1, eps=max(EPS, torch.finfo(rows.dtype).smallest_normal))
 
 
 def git_blob(raw: bytes) -> str:

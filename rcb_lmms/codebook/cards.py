@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import shlex
 import tempfile
 import urllib.request
@@ -13,7 +12,7 @@ from typing import Any
 
 from rcb_lmms.codebook.artefact import Codebook, git_blob
 from rcb_lmms.errors import UserError
-from rcb_lmms.resources import data_dir
+from rcb_lmms.resources import cache_dir, data_dir
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,15 @@ class Source:
     def url(self) -> str:
         """Address of the tensor file."""
         return f"{self.address}/{self.path}"
+
+    @property
+    def by_hand(self) -> str:
+        """Commands that fetch the tensor and its image ids on any machine, and import them."""
+        name = Path(self.path).name
+        ids = Path(name).with_suffix(".json")
+        return (
+            f"curl -L -o {name} {self.url} && curl -L -o {ids} {self.address}/{self.ids} && rcb codebook import {name}"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,15 @@ def card_of_blob(blob: str) -> Card | None:
     return next((card for card in cards().values() if card.source and card.source.git_blob == blob), None)
 
 
-def cache_dir() -> Path:
-    """Where imported and downloaded codebooks are kept: `$RCB_CACHE`, or `~/.cache/rcb_lmms`."""
-    return Path(os.environ.get("RCB_CACHE") or Path.home() / ".cache" / "rcb_lmms") / "codebooks"
+def cached_file(card: Card) -> Path:
+    """Where an imported or downloaded codebook is kept."""
+    return cache_dir() / "codebooks" / f"{card.id}.safetensors"
+
+
+def local_file(card: Card) -> Path | None:
+    """The card's `.safetensors` if it is shipped or cached."""
+    candidates = (data_dir("codebooks") / (card.file or ""), cached_file(card))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -100,13 +114,11 @@ def resolve(path_or_id: str | Path) -> Path:
         return path
     if (card := cards().get(name)) is None:
         raise _unresolved(name, "neither a file nor the id of a card", "rcb codebook build, or one of these ids")
-    shipped, cached = data_dir("codebooks") / (card.file or ""), cache_dir() / f"{card.id}.safetensors"
-    for candidate in (shipped, cached):
-        if candidate.is_file():
-            return candidate
+    if (found := local_file(card)) is not None:
+        return found
     if card.source is None:
-        raise _unresolved(name, f"no file at {shipped}", "rcb codebook build")
-    return _download(card, card.source).save(cached)
+        raise _unresolved(name, f"no file {card.file} beside its card", "rcb codebook build")
+    return _download(card, card.source).save(cached_file(card))
 
 
 def import_upstream(path: str | Path, out: str | Path | None = None) -> Path:
@@ -123,7 +135,7 @@ def import_upstream(path: str | Path, out: str | Path | None = None) -> Path:
             allowed="the released files: " + ", ".join(card.id for card in cards().values() if card.source),
             next_step=f"rcb codebook import {shlex.quote(str(path))} --out FILE.safetensors",
         )
-    return codebook.save(out or cache_dir() / f"{codebook.meta['id']}.safetensors")
+    return codebook.save(out or cached_file(cards()[codebook.meta["id"]]))
 
 
 def _download(card: Card, source: Source) -> Codebook:
@@ -145,14 +157,11 @@ def _fetch(card: Card, source: Source, path: str) -> bytes:
 
 
 def _unreachable(card: Card, source: Source, found: str) -> UserError:
-    name = Path(source.path).name
-    ids = Path(name).with_suffix(".json")
     return UserError(
         wanted=f"download the codebook {card.id}",
         found=found,
         allowed=f"the file with git blob id {source.git_blob}, fetched on any machine",
-        next_step=f"curl -L -o {name} {source.url} && curl -L -o {ids} {source.address}/{source.ids} "
-        f"&& rcb codebook import {name}",
+        next_step=source.by_hand,
     )
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
     from rcb_lmms.pruners.base import VisualTokens
 
-# The released list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (0-based).
-BLOCK_STARTS, LISTED_TOKENS = (36, 72, 144, 216, 288, 360, 432, 504, 568), 576
+# The released list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (1-based).
+BLOCK_STARTS, LISTED_TOKENS = (37, 73, 145, 217, 289, 361, 433, 505, 569), 576
 
 
 class ImageStatistics(NamedTuple):
@@ -76,18 +76,18 @@ def window(index: int, height: int, width: int) -> list[int]:
 
 
 def probed_ranks(n: int, count: int = 96) -> list[int]:
-    """0-based ranks, by similarity to the CLS token, of the patches that are probed among `n`.
+    """Ranks, by falling similarity to the CLS token and counted from 1, of the patches that are probed among `n`.
 
-    For 576 and 96 the released list: ranks 0-23, then blocks of 8 from 36, 72, 144, ... 504 and 568. Otherwise
+    For 576 and 96 the released list: ranks 1-24, then blocks of 8 from 37, 73, 145, ... 505 and 569. Otherwise
     a quarter of `count` (and what does not divide) leads, the rest is nine equal blocks whose starts scale with
     `n`. A block that would overlap the one before begins where that ends; the last one holds the last ranks.
     """
     count = min(count, n)
     block = count // 12
-    ranks = list(range(count - len(BLOCK_STARTS) * block))
+    ranks = list(range(1, 1 + count - len(BLOCK_STARTS) * block))
     for number, listed in enumerate(BLOCK_STARTS):
-        latest = n - (len(BLOCK_STARTS) - number) * block
-        start = min(max(round(listed * n / LISTED_TOKENS), ranks[-1] + 1), latest)
+        latest = 1 + n - (len(BLOCK_STARTS) - number) * block
+        start = min(max(1 + round((listed - 1) * n / LISTED_TOKENS), ranks[-1] + 1), latest)
         start = latest if number == len(BLOCK_STARTS) - 1 else start
         ranks += range(start, start + block)
     return ranks
@@ -110,7 +110,7 @@ def probed_patches(view: VisualTokens, count: int) -> list[int]:
     if view.cls_similarity is None:
         return uniform_grid(*view.grid, count)
     order = view.cls_similarity.float().argsort(descending=True, stable=True).tolist()
-    return [order[rank] for rank in probed_ranks(len(view), count)]
+    return [order[rank - 1] for rank in probed_ranks(len(view), count)]
 
 
 def measure(family: Family, view: VisualTokens, settings: BuildSettings, batch_size: int) -> ImageStatistics:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.codebook.artefact import Codebook, unit_rows
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
@@ -15,7 +15,6 @@ from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcb_lmms.codebook import Codebook
 
 TILE = 1 << 22  # similarities in memory at a time: 16 MiB in float32
 
@@ -61,8 +60,6 @@ class RCB(Pruner):
                 next_step="codebook=PATH; `rcb codebook build` makes one for your model",
             )
         if isinstance(self.codebook, (str, Path)):
-            from rcb_lmms.codebook import Codebook
-
             object.__setattr__(self, "codebook", Codebook.load(self.codebook))
 
     def select(self, view: VisualTokens) -> Selection:
@@ -86,7 +83,8 @@ class RCB(Pruner):
         """
         import torch
 
-        prototypes = self._prototypes(view)
+        self.codebook.check_width(view.features.shape[1], "the model in use")
+        prototypes = self.codebook.normalized(view.features.device, getattr(torch, self.score_dtype))
         tokens = unit_rows(view.features.to(prototypes.dtype))
         if self.variant == "double_softmax":
             cosines = tokens @ prototypes.T
@@ -150,29 +148,6 @@ class RCB(Pruner):
         if self.tie_mode == "official" and self.variant == "double_softmax" and count < len(redundancy):
             return int((redundancy < redundancy.sort().values[count]).sum())
         return count
-
-    def _prototypes(self, view: VisualTokens) -> Tensor:
-        """Unit prototypes `(m, d)` where the view is, in the dtype of the scores."""
-        import torch
-
-        self.codebook.check_width(view.features.shape[1], "the model in use")
-        place = view.features.device
-        if place not in self._placed:
-            # Cast first, as released: rows normalised in float32 would differ in float16's last digit.
-            self._placed[place] = unit_rows(self.codebook.prototypes.to(place, getattr(torch, self.score_dtype)))
-        return self._placed[place]
-
-    @cached_property
-    def _placed(self) -> dict[Any, Tensor]:
-        return {}
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows `(n, d)` scaled to length 1; a row of zeros stays one."""
-    import torch
-
-    # The official epsilon is nothing in float16, where a row of zeros would become NaN.
-    return torch.nn.functional.normalize(rows, dim=1, eps=max(1e-12, torch.finfo(rows.dtype).smallest_normal))
 
 
 def check_target(target: float, native: float, over: str) -> None:
