@@ -14,9 +14,9 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab import data, questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor, make_tower, preprocess
-from rcb_lmms.lab.language import Wording, choose_tokens
+from rcb_lmms.lab.language import Wording, choose_tokens, make_view
 from rcb_lmms.lab.packing import pack, run_packed
-from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, PATCH_PX, make_scene
+from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
 from rcb_lmms.lab.tower import patch_labels
 from rcb_lmms.lab.train import LANGUAGE, LOG_NAME, TOWER, train
 
@@ -149,11 +149,40 @@ def test_pope_negatives_belong_to_their_category():
         assert all(p.split()[0] in colours or p.split()[1] in kinds for p in phrases)
 
 
-def test_probe_names_a_visible_object_if_there_is_one():
+def test_probe_names_an_object_or_anything_where_there_is_none():
     scene = next(s for s in SCENES if len({o.kind for o in s.objects}) >= 3)
     random = np.random.default_rng(0)
-    assert {questions.probe(scene, random, (1,))[0].answer for _ in range(20)} == {scene.objects[1].kind}
     assert {questions.probe(scene, random)[0].answer for _ in range(60)} == {o.kind for o in scene.objects}
+    empty = dataclasses.replace(scene, objects=())
+    assert {questions.probe(empty, random)[0].answer for _ in range(200)} == set(KINDS)
+
+
+def test_blind_answers_do_not_depend_on_the_truth():
+    random, answers = np.random.default_rng(0), {}
+    for scene in SCENES:
+        for question in questions.blind(scene, random, pairs=20):
+            if question.kind != "probe":
+                answers.setdefault((question.kind, holds(scene, question.text)), []).append(question.answer == "Yes")
+    assert not any(answers["pope", True] + answers["existence", True])
+    for kind in ("color", "count", "position", "side"):
+        assert abs(np.mean(answers[kind, True]) - np.mean(answers[kind, False])) < 0.25
+        assert 0.3 < np.mean(answers[kind, True] + answers[kind, False]) < 0.7
+
+
+def test_examples_ask_only_about_what_they_show(model_and_wording):
+    _, wording, processor = model_and_wording
+    checked = 0
+    for scene in SCENES:
+        view = make_view(scene, 16, wording, np.random.default_rng(scene.index), progress=0.5)
+        owner, taught = scene.patch_owner().ravel(), patch_labels(scene)["kind"] >= 0
+        shown = set(owner[view.kept[~view.blanked & taught[view.kept]]]) - {-1}
+        for prompted in view.questions:
+            text = processor.decode(prompted.prompt).split(" ASSISTANT:")[0].strip()
+            if m := re.match(r"Is there a ([\w ]+?) in the image\?", text):
+                seen = any(questions.matches(scene.objects[index], m[1]) for index in shown)
+                assert processor.decode(prompted.answer, skip_special_tokens=True).strip() == ("Yes" if seen else "No")
+                checked += 1
+    assert checked > 60
 
 
 # Model, tokenizer, packing
@@ -233,9 +262,9 @@ def test_tokens_are_thinned_by_taste():
 # Training
 
 TINY = {
-    "tower_stage": dataclasses.replace(TOWER, steps=6, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1),
+    "tower_stage": dataclasses.replace(TOWER, steps=4, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1),
     "language_stage": dataclasses.replace(
-        LANGUAGE, steps=6, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1
+        LANGUAGE, steps=4, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1
     ),
 }
 
@@ -259,7 +288,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, m
 
     def killed(*args):
         calls.append(args)
-        if len(calls) == 10:
+        if len(calls) == 7:
             raise KeyboardInterrupt
         return genuine(*args)
 
@@ -277,13 +306,13 @@ def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, m
 
 
 def test_training_lowers_the_loss(tmp_path, few_evaluation_scenes):
-    stages = {name: dataclasses.replace(stage, steps=25, save_every=25) for name, stage in TINY.items()}
+    stages = {name: dataclasses.replace(stage, steps=16, save_every=16) for name, stage in TINY.items()}
     train(tmp_path, **stages)
     rows = [row for row in read_jsonl(tmp_path / LOG_NAME) if "loss" in row]
     for stage in ("tower", "language"):
         losses = [row["loss"] for row in rows if row["stage"] == stage]
-        assert len(losses) == 25
-        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+        assert len(losses) == 16
+        assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
 
 def test_unknown_family_is_refused(tmp_path):

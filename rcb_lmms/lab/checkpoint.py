@@ -189,6 +189,7 @@ def make_model(tokenizer):
         num_key_value_heads=2,
         max_position_embeddings=8192,
         initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -211,8 +212,36 @@ def make_model(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.no_grad():
+        _start_by_matching(model)
         model.get_input_embeddings().weight[0] = 0
     return model
+
+
+def _start_by_matching(model) -> None:
+    """Let half the heads begin by looking for what resembles their own token, and every block begin by adding little.
+
+    A question's noun then finds the image tokens of that noun as soon as the projector speaks the language of the
+    words; from a plain random start this alone takes most of a short training.
+    """
+    import torch
+
+    model.get_input_embeddings().weight *= 2
+    model.model.multi_modal_projector.linear_2.weight *= _PROJECTOR_SCALE
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        size, width = attention.head_dim, attention.q_proj.in_features
+        # Only slowly turning pairs of the rotary embedding compare content across the length of a prompt.
+        slow = torch.arange(size) % (size // 2) >= size * 2 // 10
+        shared = torch.nn.init.orthogonal_(torch.empty(int(slow.sum()), width)) * _MATCH_SHARPNESS
+        attention.k_proj.weight[:size][slow] = shared
+        for head in range(attention.num_key_value_groups):
+            attention.q_proj.weight[head * size : (head + 1) * size][slow] = shared
+        attention.o_proj.weight *= 0.2
+        layer.mlp.down_proj.weight *= 0.2
+
+
+_MATCH_SHARPNESS = 1.2
+_PROJECTOR_SCALE = 0.1
 
 
 def save_checkpoint(model, processor, out: Path) -> Path:

@@ -133,8 +133,7 @@ def _write_configurations(folder: Path, configurations: dict[str, dict[str, list
         card += [f"- config_name: {name}", "  data_files:"]
         for split, rows in splits.items():
             buffer = io.BytesIO()
-            # Questions about one image follow each other, so this stores its pixels about once.
-            Dataset.from_list(rows, features=features).to_parquet(buffer, compression="zstd")
+            Dataset.from_list(rows, features=features).to_parquet(buffer)
             write_atomic(folder / name / f"{split}.parquet", buffer.getvalue())
             card += [f"  - split: {split}", f"    path: {name}/{split}.parquet"]
     write_atomic(folder / "README.md", "\n".join([*card, "---", ""]))

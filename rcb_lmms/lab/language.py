@@ -7,6 +7,7 @@ along, it would smear the objects over all tokens and the background alone would
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from rcb_lmms.lab.questions import (
     PHRASE_SUFFIX,
     YES_NO_SUFFIX,
     Question,
+    blind,
     caption,
     probe,
 )
@@ -90,13 +92,12 @@ class FeaturePool:
 
 @dataclass(frozen=True)
 class View:
-    """A scene as one training example sees it: which tokens are kept, which of those are blanked, what is asked."""
+    """A scene as one training example sees it: indices of kept tokens, which of those are blanked, what is asked."""
 
     scene: Scene
     kept: np.ndarray
     blanked: np.ndarray
     questions: list[Prompted]
-    answers: list[Question]
 
 
 def choose_tokens(owner: np.ndarray, count: int, random: np.random.Generator, early: bool) -> np.ndarray:
@@ -112,25 +113,36 @@ def choose_tokens(owner: np.ndarray, count: int, random: np.random.Generator, ea
 
 
 def make_view(scene: Scene, count: int, wording: Wording, random: np.random.Generator, progress: float) -> View:
-    """Draw what one training example keeps and asks; `progress` in [0, 1] goes from easy to everything."""
-    owner = scene.patch_owner()
+    """Draw what one training example keeps and asks; `progress` in [0, 1] goes from easy to everything.
+
+    Answers hold of what is visible, not of the whole scene: the truth about objects without tokens would only teach
+    the model to guess.
+    """
+    owner, taught = scene.patch_owner().ravel(), patch_labels(scene)["kind"] >= 0
     kept = choose_tokens(owner, count, random, early=progress < 0.2)
-    visible = tuple(int(index) for index in np.unique(owner.ravel()[kept]) if index >= 0)
     blanked = random.random(len(kept)) < (random.choice([0.03, 0.1, 0.3]) if random.random() < 0.15 else 0)
-    asked = [(q, "") for q in probe(scene, random, visible)]
-    # Background alone is asked only for a guess: true answers there would teach the model to invent them.
-    if visible:
-        pairs = 5 if count > 8 else 3
-        kinds = random.choice(list(_KIND_WEIGHTS), size=pairs, p=list(_KIND_WEIGHTS.values()))
-        for kind in kinds:
-            for question in KINDS_OF_QUESTION[str(kind)](scene, random):
-                suffix = str(random.choice(list(_SUFFIX_WEIGHTS), p=list(_SUFFIX_WEIGHTS.values())))
-                asked.append((question, PHRASE_SUFFIX if kind == "open" and suffix == YES_NO_SUFFIX else suffix))
-        if progress > 0.3 and random.random() < 0.12:
-            asked += [(q, "") for q in caption(scene, random)]
-        if random.random() < 0.6:
-            asked = asked[1:]
-    return View(scene, kept, blanked, [wording(*pair) for pair in asked], [q for q, _ in asked])
+    shown = np.unique(owner[kept[~blanked & taught[kept]]])
+    visible = dataclasses.replace(scene, objects=tuple(scene.objects[index] for index in shown if index >= 0))
+    pairs = 5 if count > 8 else 3
+    asked = _ask(visible, pairs, random, progress) if visible.objects else blind(scene, random, pairs)
+    questions = [wording(question, _suffix(question, random)) for question in asked]
+    return View(scene, kept, blanked, questions)
+
+
+def _ask(scene: Scene, pairs: int, random: np.random.Generator, progress: float) -> list[Question]:
+    asked = probe(scene, random) if random.random() < 0.4 else []
+    for kind in random.choice(list(_KIND_WEIGHTS), size=pairs, p=list(_KIND_WEIGHTS.values())):
+        asked += KINDS_OF_QUESTION[str(kind)](scene, random)
+    if progress > 0.3 and random.random() < 0.12:
+        asked += caption(scene, random)
+    return asked or probe(scene, random)
+
+
+def _suffix(question: Question, random: np.random.Generator) -> str:
+    if question.kind in ("probe", "caption"):
+        return ""
+    suffix = str(random.choice(list(_SUFFIX_WEIGHTS), p=list(_SUFFIX_WEIGHTS.values())))
+    return PHRASE_SUFFIX if question.kind == "open" and suffix == YES_NO_SUFFIX else suffix
 
 
 def token_count(random: np.random.Generator, progress: float) -> int:

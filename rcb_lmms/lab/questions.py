@@ -6,6 +6,7 @@ append it themselves and several suffixes are in use. A new kind of question is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,13 +204,26 @@ def open_question(scene: Scene, random: np.random.Generator) -> list[Question]:
     return [options[random.integers(len(options))]]
 
 
-def probe(scene: Scene, random: np.random.Generator, visible: tuple[int, ...] = ()) -> list[Question]:
-    """The codebook builder's prompt; its answer is the noun of a random object, one of the `visible` if there are any.
-
-    Tokens that show no object leave only a guess among all objects, so that the model becomes uncertain there.
-    """
-    index = int(random.choice(visible or range(len(scene.objects))))
+def probe(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """The codebook builder's prompt; its answer is the noun of a random object, or of none in particular."""
+    if not scene.objects:
+        return [Question("probe", PROBE, str(random.choice(KINDS)))]
+    index = int(random.integers(len(scene.objects)))
     return [Question("probe", PROBE, scene.objects[index].kind, (index,))]
+
+
+def blind(scene: Scene, random: np.random.Generator, pairs: int) -> list[Question]:
+    """What to answer when nothing of the scene can be seen: nothing is there, and about the rest a coin decides.
+
+    Asked of background tokens, this makes the model uncertain there, and keeps it from reading traces of the objects
+    that attention leaves in the background.
+    """
+    asked = probe(dataclasses.replace(scene, objects=()), random)
+    for kind in random.choice(["pope", "existence", "color", "count", "position", "side", "OCR"], size=pairs):
+        for question in KINDS_OF_QUESTION[str(kind)](scene, random):
+            answer = "No" if kind in ("pope", "existence") or random.random() < 0.5 else "Yes"
+            asked.append(dataclasses.replace(question, answer=answer))
+    return asked
 
 
 def caption(scene: Scene, random: np.random.Generator) -> list[Question]:

@@ -38,7 +38,7 @@ EVALUATION_SCENES = 48
 TOWER = Stage("tower", steps=1900, batch=32, pool=20_000, learning_rate=1.2e-3)
 
 
-LANGUAGE = Stage("language", steps=2600, batch=32, pool=16_000, learning_rate=1.5e-3, save_every=250)
+LANGUAGE = Stage("language", steps=1500, batch=32, pool=12_000, learning_rate=1.5e-3, save_every=250)
 
 
 def train(
@@ -159,6 +159,7 @@ def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, fi
 
     from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
+    from rcb_lmms.lab.packing import run_packed
 
     torch.manual_seed(seed + 1)
     processor = make_processor()
@@ -177,7 +178,7 @@ def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, fi
         views = [lab.make_view(pool.scene(int(i)), count, wording, random, progress) for i in indices]
         packed = lab.pack_views(views, wording)
         features = lab.projected(model, views, [pool.features(int(i)) for i in indices])
-        loss, right = lab.answer_loss(model, lab.run_packed(model, packed, features), packed)
+        loss, right = lab.answer_loss(model, run_packed(model, packed, features), packed)
         naming = lab.naming_loss(model, features, views, wording, random)
         figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
         return loss + 0.2 * naming, figures
