@@ -37,12 +37,20 @@ def main() -> None:
             sys.argv += ["--include_path", str(data_dir("tasks"))]
         started = time.time()
         problems = _watch_errors()
+        outputs = _outputs()
+        if outputs:
+            from rcb_lmms.models import journal
+
+            journal.folder = outputs[0] / ".answers"
         try:
             _dispatch()
         except SystemExit as stop:
             if stop.code:  # lmms-eval leaves with status 0 after some errors
                 raise
-    sys.exit(_status(started, problems))
+    status = _status(started, problems)
+    if outputs and status == 0 and _rank() == 0:
+        journal.forget(journal.folder)
+    sys.exit(status)
 
 
 def _names_include_path() -> bool:
@@ -76,7 +84,7 @@ def _dispatch() -> None:
 def _status(started: float, problems: list[str]) -> int:
     from rcb_lmms.models.ledger import RUNS
 
-    if int(os.environ.get("RANK", 0)) != 0:
+    if _rank() != 0:
         return 0
     fresh = {
         file for output in _outputs() for file in output.rglob("*_results.json") if file.stat().st_mtime >= started
@@ -119,6 +127,10 @@ def _outputs() -> list[Path]:
     runs = yaml.safe_load(Path(config).read_text())
     runs = runs if isinstance(runs, list) else [runs]
     return [Path(output) for output in dict.fromkeys(run.get("output_path") for run in runs) if output]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 def _argument(name: str) -> str | None:

@@ -40,6 +40,8 @@ def run_evaluation(
         limit: only the first documents of each task; such a run is marked and never enters a table.
         task_manager: an lmms-eval `TaskManager` to share between runs.
 
+    A run that was interrupted goes on behind its last batch. Answers of changed sources are not kept.
+
     Returns:
         `out`. A folder that already holds a successful run of the same arguments is returned as it is.
 
@@ -59,13 +61,18 @@ def run_evaluation(
             return out
     record = {"status": "started", **question, "started": _now(), "process": os.getpid()}
     _write(out, record)
+    from rcb_lmms.models import journal
+
     began = time.perf_counter()
+    journal.folder = out / "answers"
     try:
         results, run = _evaluate(entry, arguments, tasks, batch_size, limit, task_manager)
     except BaseException as error:
         lines = traceback.format_exception_only(error)
         _write(out, record | {"status": "failed", "finished": _now(), "error": "".join(lines).strip()})
         raise
+    finally:
+        journal.folder = None
     samples = results.pop("samples")
     for task, rows in samples.items():
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
@@ -81,6 +88,7 @@ def run_evaluation(
             allowed="complete runs; a failed sample is in no metric, and the run in no table",
             next_step=f"read {out / RECORD}, mend the cause, and repeat the command",
         )
+    journal.forget(out / "answers")
     return out
 
 

@@ -340,3 +340,49 @@ def test_drawn_answers_depend_on_seed_and_prompt_alone(checkpoint, pope_tree, mo
         return [row["filtered_resps"] for row in results["samples"]["pope"]]
 
     assert draw(1, 1) == draw(1, 4) != draw(2, 1)
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_batch(evaluate, monkeypatch, tmp_path, codebook_file):
+    from rcb_lmms.models import base
+
+    monkeypatch.setattr(base, "versions", lambda: {"commit": "c0ffee"})  # a clean checkout
+    _, whole = evaluate("llava_rcb", "whole", keep=5, codebook=codebook_file)
+    generate, calls = base.generate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(base, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("llava_rcb", "halves", keep=5, codebook=codebook_file)
+    assert read_record(tmp_path / "halves")["status"] == "failed"
+    record, samples = evaluate("llava_rcb", "halves", keep=5, codebook=codebook_file)
+    assert answers(samples) == answers(whole)
+    assert len(calls) == 4  # two batches of eight before, one after
+    assert (record["totals"]["questions"], record["totals"]["resumed_questions"]) == (24, 16)
+    assert record["achieved"] == read_record(tmp_path / "whole")["achieved"]
+    assert not (tmp_path / "halves" / "answers").exists()
+
+
+def test_answers_of_another_setting_or_of_changed_sources_are_not_taken_over(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from lmms_eval.api.instance import GenerationResult
+
+    from rcb_lmms.models import journal
+    from rcb_lmms.models.ledger import VisualTokenCounts
+
+    monkeypatch.setattr(journal, "folder", tmp_path / "answers")
+    question = SimpleNamespace(task="t", request=SimpleNamespace(doc_id=1), generation="g", dataset=None)
+    clean, changed = ({"versions": {"commit": commit}} for commit in ("c0ffee", "c0ffee+"))
+    answer = GenerationResult("yes", VisualTokenCounts(input_tokens=9, visual_kept=4))
+    for identity in (clean, changed):
+        journal.Journal(identity, 0).write(question, {"threshold": 0.5}, answer)
+    again = journal.Journal(clean, 1)
+    assert again.answer(question, {"threshold": 0.5}) == answer
+    assert again.answer(question, {"threshold": 0.6}) is None
+    assert journal.Journal({**clean, "seed": 1}, 0).answer(question, {"threshold": 0.5}) is None
+    assert journal.Journal(changed, 0).answer(question, {"threshold": 0.5}) is None

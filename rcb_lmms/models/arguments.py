@@ -8,7 +8,7 @@ from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
-from rcb_lmms.families import default_codebook, family_class
+from rcb_lmms.families import Family, default_codebook, family_class
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 
@@ -83,6 +83,26 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     budget, target = _budget(method, given, chosen)
     pruner = make_pruner(method, budget=budget, **chosen)
     return Settings(loading, pruner, target, _batch_size(arguments.get("batch_size", 1)), seed)
+
+
+def describe(settings: Settings, family: Family) -> dict[str, Any]:
+    """Resolved arguments as a record, and as the key of what depends on them."""
+    codebook = getattr(settings.pruner, "codebook", None)
+    names = [name for name in _field_names(settings.pruner.name) if name != "codebook"]
+    return {
+        **{name: str(value) for name, value in settings.loading.items()},
+        "pruner": {name: str(getattr(settings.pruner, name)) for name in names},
+        "target": str(settings.target) if settings.target else None,
+        "codebook_sha256": codebook.sha256 if codebook is not None else None,
+        "revision": family.revision,
+        "fingerprint": family.fingerprint,
+        "preprocess": family.preprocess,
+        "template": family.template,
+        "dtype": str(family.dtype),
+        "device": str(family.device),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
 
 
 def _field_names(method: str) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +20,12 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import generate, out_of_memory
 from rcb_lmms.errors import UserError, leave_with
 from rcb_lmms.families import Prompt, load_family
-from rcb_lmms.models.arguments import resolve
+from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
+from rcb_lmms.models.journal import Journal
 from rcb_lmms.models.ledger import RUNS, RunRecord, VisualTokenCounts, report_metrics, summarize, versions
 from rcb_lmms.models.processes import gather, rank_and_size
-from rcb_lmms.models.questions import Generation, Question
+from rcb_lmms.models.questions import Generation, Question, grouped
 from rcb_lmms.pruners.base import Pruner
 from rcb_lmms.pruners.fastv import FastV
 
@@ -69,10 +70,13 @@ class PrunedModel(lmms):
         self.run = RunRecord(
             model=f"{self.family_name}_{'full' if self.method == 'none' else self.method}",
             arguments={name: str(value) for name, value in arguments.items()},
-            resolved=self._resolved(),
+            resolved=describe(self.settings, self.family),
             versions=versions(),
         )
         RUNS.append(self.run)
+        identity = {"model": self.run.model, "versions": self.run.versions, **self.run.resolved}
+        self.journal = Journal({**identity, "batch_size": None}, rank)
+        self.resumed = 0
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +103,7 @@ class PrunedModel(lmms):
         with leave_with():
             started = time.perf_counter()
             questions = [Question.of(request, self.task_dict) for request in requests]
-            groups = _groups(questions)
+            groups = grouped(questions)
             pruners = {
                 task: self._pruner_for(task, [questions[index] for _, indices in own for index in indices])
                 for task, own in itertools.groupby(groups, key=lambda group: group[0][0])
@@ -107,14 +111,30 @@ class PrunedModel(lmms):
             answers: dict[int, GenerationResult] = {}
             with tqdm(total=len(questions), desc="questions", unit="q", disable=self.rank != 0) as progress:
                 for (task, generation), indices in groups:
+                    before = self._answered_before(questions, indices)
+                    answers |= before
+                    progress.update(len(before))
+                    left = [index for index in indices if index not in before]
                     step = WINDOW_BATCHES * self.batch_size
-                    for begin in range(0, len(indices), step):
-                        window = {index: questions[index] for index in indices[begin : begin + step]}
+                    for begin in range(0, len(left), step):
+                        window = {index: questions[index] for index in left[begin : begin + step]}
                         answers |= self._answer_window(window, generation, pruners[task])
                         progress.update(len(window))
             self.seconds += time.perf_counter() - started
             self._refuse_if_nothing_was_answered(len(questions))
             return [answers[index] for index in range(len(questions))]
+
+    def _answered_before(self, questions: list[Question], indices: list[int]) -> dict[int, GenerationResult]:
+        """Answers that a run of the same command gave before it was interrupted."""
+        found = {}
+        for index in indices:
+            question = questions[index]
+            if (answer := self.journal.answer(question, self._fitted(question.task))) is not None:
+                found[index] = answer
+                if not question.padding:
+                    self.rows.append((question.task, answer.token_counts))
+                    self.resumed += 1
+        return found
 
     def _answer_window(
         self, window: dict[int, Question], generation: Generation, pruner: Pruner
@@ -169,6 +189,7 @@ class PrunedModel(lmms):
             if not window[index].padding:
                 self.rows.append((window[index].task, counts))
             answers[index] = GenerationResult(generation.cut(generated.texts[row]), counts)
+            self.journal.write(window[index], self._fitted(window[index].task), answers[index])
         return answers
 
     def _counts(self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None) -> VisualTokenCounts:
@@ -227,55 +248,30 @@ class PrunedModel(lmms):
         self.run.calibrations[task] = {**asdict(record), "cached": from_cache}
         return pruner
 
-    def _resolved(self) -> dict[str, Any]:
-        settings, codebook = self.settings, getattr(self.settings.pruner, "codebook", None)
-        return {
-            **{name: str(value) for name, value in settings.loading.items()},
-            "pruner": {
-                field.name: str(getattr(settings.pruner, field.name))
-                for field in fields(settings.pruner)
-                if field.name != "codebook"
-            },
-            "target": str(settings.target) if settings.target else None,
-            "codebook_sha256": codebook.sha256 if codebook is not None else None,
-            "revision": self.family.revision,
-            "fingerprint": self.family.fingerprint,
-            "preprocess": self.family.preprocess,
-            "template": self.family.template,
-            "dtype": str(self.family.dtype),
-            "device": str(self.family.device),
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-        }
+    def _fitted(self, task: str) -> dict[str, float]:
+        return self.run.calibrations.get(task, {}).get("fitted", {})
 
     def clean(self) -> None:
         """Gather what all processes did, report it once, and free the model."""
-        every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images))
-        rows = [row for own, _, _, _ in every for row in own]
-        self.run.failures = [failure for _, own, _, _ in every for failure in own]
-        seconds = max(own for _, _, own, _ in every)
+        every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images, self.resumed))
+        rows = [row for own, *_ in every for row in own]
+        self.run.failures = [failure for _, own, *_ in every for failure in own]
+        seconds = max(own for _, _, own, *_ in every)
+        resumed = sum(own for *_, own in every)
         self.run.achieved = summarize(rows)
         self.run.totals = {
             "questions": len(rows),
             "failed_samples": len(self.run.failures),
-            "images_encoded": sum(own for _, _, _, own in every),
+            "resumed_questions": resumed,
+            "images_encoded": sum(own for *_, own, _ in every),
             "seconds": seconds,
-            "questions_per_second": len(rows) / seconds if seconds else 0.0,
+            "questions_per_second": (len(rows) - resumed) / seconds if seconds else 0.0,
         }
         if self.rank == 0 and rows:
             report_metrics(self.run, rows)
         # The host deletes modules it finds on this object; ours hang below it.
         self.family = self.encoder = None
         super().clean()
-
-
-def _groups(questions: list[Question]) -> list[tuple[tuple[str, Generation], list[int]]]:
-    """Indices of questions that may share a batch, tasks together, in the order of appearance."""
-    groups: dict[tuple[str, Generation], list[int]] = {}
-    for index, question in enumerate(questions):
-        groups.setdefault((question.task, question.generation), []).append(index)
-    order = {task: position for position, task in enumerate(dict.fromkeys(question.task for question in questions))}
-    return sorted(groups.items(), key=lambda group: order[group[0][0]])
 
 
 def _generation_only(name: str) -> UserError:

@@ -115,3 +115,12 @@ class Question:
             messages.append({"role": message["role"], "content": interleave(text, len(own))})
             images += own
         return messages, images
+
+
+def grouped(questions: list[Question]) -> list[tuple[tuple[str, Generation], list[int]]]:
+    """Indices of questions that may share a batch, tasks together, in the order of appearance."""
+    groups: dict[tuple[str, Generation], list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault((question.task, question.generation), []).append(index)
+    order = {task: position for position, task in enumerate(dict.fromkeys(question.task for question in questions))}
+    return sorted(groups.items(), key=lambda group: order[group[0][0]])

@@ -1,0 +1,64 @@
+"""Answers written as they come, so that a run killed at any moment continues behind its last batch.
+
+lmms-eval keeps nothing before a whole run is answered. Whoever starts a run names a folder in `folder`; the files in it
+are told apart by everything an answer depends on, and removed once the results are saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult
+
+from rcb_lmms.files import append_jsonl, read_jsonl
+from rcb_lmms.models.ledger import VisualTokenCounts
+from rcb_lmms.models.questions import Question
+
+# Set by the console scripts and by `run_evaluation`; without it nothing is kept.
+folder: Path | None = None
+
+
+class Journal:
+    """Answers of one run, of all its processes.
+
+    Args:
+        identity: everything answers depend on besides the question; another identity is another journal.
+        rank: of this process, which writes a file of its own.
+    """
+
+    def __init__(self, identity: dict[str, Any], rank: int):
+        self._file: Path | None = None
+        self._known: dict[str, dict[str, Any]] = {}
+        # Changed sources have no commit that names them, so their answers may not be mixed.
+        if folder is None or str(identity["versions"]["commit"]).endswith("+"):
+            return
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self._file = folder / f"{name}-{rank}.jsonl"
+        for file in sorted(folder.glob(f"{name}-*.jsonl")):
+            self._known |= {row["question"]: row for row in read_jsonl(file)}
+
+    def answer(self, question: Question, parameters: dict[str, Any]) -> GenerationResult | None:
+        """The answer given before under the same fitted `parameters`, or `None`."""
+        row = self._known.get(_name(question, parameters))
+        return row and GenerationResult(row["text"], VisualTokenCounts(**row["counts"]))
+
+    def write(self, question: Question, parameters: dict[str, Any], answer: GenerationResult) -> None:
+        """Keep an answer."""
+        if self._file is not None:
+            row = {"question": _name(question, parameters), "text": answer.text}
+            append_jsonl(self._file, row | {"counts": dataclasses.asdict(answer.token_counts)})
+
+
+def _name(question: Question, parameters: dict[str, Any]) -> str:
+    data = getattr(question.dataset, "_fingerprint", None)
+    return json.dumps([question.task, question.request.doc_id, data, repr(question.generation), parameters])
+
+
+def forget(place: Path) -> None:
+    """Remove a folder of journals, once the results they led to are saved."""
+    shutil.rmtree(place, ignore_errors=True)

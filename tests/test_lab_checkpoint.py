@@ -1,0 +1,87 @@
+"""The shipped checkpoint of the laboratory sees: it answers, and it fails where it should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from rcb_lmms.lab import data, questions
+from rcb_lmms.lab.check import check, format_table
+from rcb_lmms.lab.checkpoint import lab_checkpoint
+from rcb_lmms.lab.scenes import make_scene
+
+
+@pytest.fixture(scope="module")
+def table():
+    return check(lab_checkpoint(), scenes=40)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    folder = lab_checkpoint()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return AutoProcessor.from_pretrained(folder), model.eval()
+
+
+def test_unpruned_model_answers(table):
+    assert table["unpruned"]["pope"] >= 0.93
+    for subtask in data.MME_SUBTASKS:
+        assert table["unpruned"][subtask] >= 0.85, format_table(table)
+
+
+def test_model_looks_at_the_objects(table):
+    for kind in ("pope", "existence", "color", "position"):
+        assert table["blank"][kind] <= 0.6, format_table(table)
+        assert table["background"][kind] <= 0.65, format_table(table)
+    assert table["objects"]["pope"] >= table["unpruned"]["pope"] - 0.05
+    assert table["random 11%"]["pope"] <= table["objects"]["pope"] - 0.1
+
+
+def test_probe_is_sure_of_objects_and_unsure_of_background(loaded):
+    processor, model = loaded
+    content = [{"type": "image"}, {"type": "text", "text": questions.PROBE}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    before, after = (
+        processor.tokenizer(part, return_tensors="pt", add_special_tokens=special)["input_ids"]
+        for part, special in zip(text.split("<image>"), (True, False), strict=True)
+    )
+    embed, sure = model.get_input_embeddings(), {True: [], False: []}
+    for index in range(6):
+        scene = make_scene("codebook", index)
+        pixels = processor.image_processor(images=scene.image(), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            tokens = model.get_image_features(pixel_values=pixels).pooler_output[0]
+            for at in range(0, len(tokens), 7):
+                coverage = scene.patch_coverage().ravel()[at]
+                if 0 < coverage < 0.7:
+                    continue
+                embedded = torch.cat([embed(before), tokens[None, at : at + 1], embed(after)], 1)
+                likely = model(inputs_embeds=embedded).logits[0, -1].softmax(-1).max()
+                sure[bool(coverage)].append(likely.item())
+    assert np.mean(sure[True]) > 0.6
+    assert np.mean(sure[False]) < 0.4
+
+
+def test_stock_transformers_answers_yes_and_no(loaded):
+    processor, model = loaded
+    right = asked = 0
+    for index in range(8):
+        scene = make_scene("test", index)
+        for question in questions.pope(scene, np.random.default_rng(index)):
+            text = question.text + questions.PHRASE_SUFFIX
+            content = [{"type": "image", "image": scene.image()}, {"type": "text", "text": text}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            output = model.generate(**inputs, max_new_tokens=4)
+            answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            assert answer in ("Yes", "No")
+            right += answer == question.answer
+            asked += 1
+    assert right / asked >= 0.85
