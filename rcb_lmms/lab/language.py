@@ -36,6 +36,7 @@ _KIND_WEIGHTS = {
     "open": 0.10,
 }  # fmt: skip
 _SUFFIX_WEIGHTS = {PHRASE_SUFFIX: 0.25, ONE_WORD_SUFFIX: 0.1, YES_NO_SUFFIX: 0.1, "": 0.55}
+_OPPOSITES = (("left", "right"), ("top", "bottom"), ("above", "below"))
 _THINNED = (96, 72, 48, 36, 24, 16, 12, 8, 4, 1)
 
 
@@ -186,14 +187,14 @@ def answer_loss(model, hidden, packed: Packed):
 
 
 def naming_loss(model, features, views: list[View], wording: Wording, random: np.random.Generator, sample: int = 256):
-    """Each projected object token, read out by the head, should say its colour and its noun (or digit).
+    """Each projected object token, read out by the head, should say its colour, its noun (or digit) and its place.
 
     Without this the projector and the word embeddings take most of the training to find a common language.
     """
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-    rows, slots, words = [], [], []
+    rows, slots, words, places = [], [], [], []
     for row, view in enumerate(views):
         owner, taught = view.scene.patch_owner().ravel(), patch_labels(view.scene)["kind"] >= 0
         for slot in np.flatnonzero(~view.blanked & (owner[view.kept] >= 0) & taught[view.kept]):
@@ -202,10 +203,15 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
             slots.append(slot)
             name = item.kind if item.digit is None else str(item.digit)
             words.append([wording.word(word) for word in (item.colour, item.kind, name)])
+            places.append([view.kept[slot] % GRID, view.kept[slot] // GRID, view.kept[slot] // GRID])
     if not rows:
         return features.sum() * 0
     chosen = random.permutation(len(rows))[:sample]
     tokens = features[np.array(rows)[chosen], np.array(slots)[chosen]]
     logits = model.lm_head(model.model.language_model.norm(tokens))
     wanted = torch.from_numpy(np.array(words)[chosen]).to(logits.device)
-    return sum(cross_entropy(logits, wanted[:, column]) for column in range(3)) / 3
+    named = sum(cross_entropy(logits, wanted[:, column]) for column in range(3)) / 3
+    low, high = ([wording.word(word) for word in side] for side in zip(*_OPPOSITES, strict=True))
+    # A soft target makes the words a scale, so that places can be compared and not only told apart.
+    offsets = torch.from_numpy(np.array(places)[chosen]).to(logits) - (GRID - 1) / 2
+    return named + binary_cross_entropy_with_logits(logits[:, high] - logits[:, low], (offsets / 2).sigmoid())
