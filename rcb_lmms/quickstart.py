@@ -220,7 +220,8 @@ def index(out: Path) -> str:
         "- `table.md`, `table.csv`: every method and budget: accuracy, tokens, relative performance, speed",
         "- `comparisons.csv`: every method against random pruning, task by task, with p-values",
         "- `accuracy.png`, `accuracy.svg`: accuracy over retained visual tokens",
-        f"- {', '.join(f'`{name}`' for name in pictures)}: which visual tokens each method keeps",
+        f"- {', '.join(f'`{name}`' for name in pictures)}: which visual tokens each method keeps "
+        "(rcb and prumerge as fitted to laboratory POPE, so that their counts differ from image to image)",
         "- `runs/NAME/`: `run.json` (arguments, versions, budgets), `results.json` and every sample's answer",
         "- `log.txt`: warnings and progress of the latest call",
         "- `data/`: the laboratory's benchmarks; lmms-eval's own tasks run from here, offline",

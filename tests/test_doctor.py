@@ -141,8 +141,9 @@ def test_codebooks_are_shipped_cached_or_come_with_a_command(monkeypatch, tmp_pa
     (own_cache / "codebooks" / "llava-1.5-7b.safetensors").write_bytes(b"")
     (cards / "lab-llava.safetensors").write_bytes(b"")
     after = {check.name: check for check in doctor._codebooks()}
-    assert after["codebook lab-llava"].found == "shipped"
-    assert after["codebook llava-1.5-7b"].found.startswith("cached at ")
+    assert after["codebook lab-llava"] == doctor.Check("codebook lab-llava", str(cards / "lab-llava.safetensors"))
+    cached = own_cache / "codebooks" / "llava-1.5-7b.safetensors"
+    assert after["codebook llava-1.5-7b"] == doctor.Check("codebook llava-1.5-7b", str(cached))
     (cards / "lab-llava.yaml").write_text("id: [")
     (broken,) = doctor._codebooks()
     assert broken.essential
