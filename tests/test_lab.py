@@ -388,6 +388,16 @@ def test_mme_tree_matches_schema_and_upstream(offline):
     assert mme_aggregate_results(results) == 200 * len(data.MME_SUBTASKS)
 
 
+def test_another_tree_is_not_served_from_the_cache(tree, tmp_path, monkeypatch):
+    from datasets import load_dataset
+
+    monkeypatch.chdir(tree)
+    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 20
+    data.write_data(tmp_path / "other", benchmarks=("mme",), mme_images=1)
+    monkeypatch.chdir(tmp_path / "other")
+    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 10
+
+
 def test_files_are_the_same_each_time_and_bad_names_are_refused(tree, tmp_path):
     again = data.write_data(tmp_path / "again", pope_images=3, mme_images=2)
     for path in sorted(tree.rglob("*.parquet")):

@@ -6,6 +6,7 @@ current directory: `datasets` prefers a local folder of the data set's name. One
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,8 +135,12 @@ def _write_configurations(folder: Path, configurations: dict[str, dict[str, list
         for split, rows in splits.items():
             buffer = io.BytesIO()
             Dataset.from_list(rows, features=features).to_parquet(buffer)
-            write_atomic(folder / name / f"{split}.parquet", buffer.getvalue())
-            card += [f"  - split: {split}", f"    path: {name}/{split}.parquet"]
+            # `datasets` keys its cache by names alone: without the digest another tree's rows would be served.
+            path = f"{name}/{split}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:12]}.parquet"
+            for old in (folder / name).glob(f"{split}-*.parquet"):
+                old.unlink()
+            write_atomic(folder / path, buffer.getvalue())
+            card += [f"  - split: {split}", f"    path: {path}"]
     write_atomic(folder / "README.md", "\n".join([*card, "---", ""]))
 
 
