@@ -125,6 +125,36 @@ def show(
     typer.echo(f"wrote {out}")
 
 
+Results = Annotated[Path, typer.Argument(help="Folder of run folders, such as quickstart/runs.")]
+
+
+@app.command()
+def table(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="Folder for table.md and the CSV files; by default RESULTS.")] = None,
+) -> None:
+    """Make the table of finished runs: accuracy with intervals, achieved tokens, relative performance, speed."""
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.tables import for_terminal, write_tables
+
+    typer.echo(for_terminal(write_tables(*collect(results), out or results)))
+    typer.echo(f"wrote {(out or results) / 'table.md'}")
+
+
+@app.command()
+def plot(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="PNG and SVG file without its ending.")] = None,
+) -> None:
+    """Plot accuracy over retained visual tokens for finished runs."""
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.plots import accuracy_plot
+    from rcb_lmms.report.summary import summary_table
+
+    for file in accuracy_plot(summary_table(collect(results)[0]), out or results / "accuracy"):
+        typer.echo(f"wrote {file}")
+
+
 @codebook_app.command("build")
 def codebook_build(
     model: Pretrained,
