@@ -278,6 +278,8 @@ def test_an_entry_without_arguments_means_the_papers_setting(codebook_file):
     settings = resolve("llava", "rcb", {"codebook": codebook_file})
     assert settings.loading["pretrained"] == "llava-hf/llava-1.5-7b-hf"
     assert settings.target.tokens == 64
+    assert resolve("llava", "rcb", {"codebook": codebook_file, "preset": "paper"}).pruner.preset == "paper"
+    assert resolve("llava", "random", {"preset": "paper", "seed": 7}).pruner.seed == 7
     assert resolve("llava", "random", {}).pruner.budget.count(576) == 64
     assert resolve("llava", "fastv", {}).pruner.rank(576, 32) == 64
     assert resolve("llava", "prumerge", {}).target.tokens == 64

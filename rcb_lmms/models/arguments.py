@@ -61,7 +61,7 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     options = _method_options(method)
     budgets = _budget_names(method)
-    allowed = [*LOADING, *budgets, *options, "batch_size", "seed"]
+    allowed = [*LOADING, *budgets, *options, "preset", "batch_size", "seed"]
     unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
     if unknown:
         raise UserError(
@@ -81,7 +81,7 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
         chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
     given = {name: arguments[name] for name in budgets if name in arguments}
     budget, target = _budget(method, given, chosen)
-    pruner = make_pruner(method, budget=budget, **chosen)
+    pruner = make_pruner(method, budget=budget, preset=str(arguments.get("preset", "official")), **chosen)
     return Settings(loading, pruner, target, _batch_size(arguments.get("batch_size", 1)), seed)
 
 
@@ -110,8 +110,8 @@ def _field_names(method: str) -> list[str]:
 
 
 def _method_options(method: str) -> list[str]:
-    # `scale` is what calibration sets; `seed` is common to all entries.
-    return [name for name in _field_names(method) if name not in ("budget", "scale", "seed")]
+    # `scale` is what calibration sets; `preset` and `seed` are common to all entries.
+    return [name for name in _field_names(method) if name not in ("budget", "scale", "preset", "seed")]
 
 
 def _budget_names(method: str) -> tuple[str, ...]:
