@@ -139,6 +139,20 @@ def test_answers_agree_with_a_reader_of_the_words(kind):
     assert asked >= 40
 
 
+def test_a_choice_of_places_is_answered_by_the_true_one():
+    asked = 0
+    for scene in SCENES:
+        for question in questions.where(scene, np.random.default_rng(scene.index)):
+            name, rest = re.fullmatch(r"Is the ((?:\w+ )?\w+?) ((?:to|on|at|above|below).*)", question.text).groups()
+            second = r"(.*? or (?:to the \w+ of|above|below|on the \w+ side|at the \w+))( .*)"
+            choice, end = re.fullmatch(second, rest).groups()
+            true = [place for place in choice.split(" or ") if holds(scene, f"Is the {name} {place}{end}")]
+            assert len(true) == 1
+            assert question.answer in true[0]
+            asked += 1
+    assert asked > 60
+
+
 def test_pope_negatives_belong_to_their_category():
     for scene in SCENES:
         kinds, colours = {o.kind for o in scene.objects}, {o.colour for o in scene.objects}

@@ -32,12 +32,12 @@ TOKENS = GRID * GRID
 CHUNK = 64
 # How often a pair of questions of each kind is drawn; probe and caption are drawn per scene instead.
 _KIND_WEIGHTS = {
-    "pope": 0.30, "existence": 0.06, "color": 0.12, "count": 0.13, "position": 0.15, "side": 0.06, "OCR": 0.08,
-    "open": 0.10,
+    "pope": 0.13, "existence": 0.02, "color": 0.07, "count": 0.14, "position": 0.20, "side": 0.12, "OCR": 0.05,
+    "open": 0.07, "where": 0.20,
 }  # fmt: skip
 _SUFFIX_WEIGHTS = {PHRASE_SUFFIX: 0.25, ONE_WORD_SUFFIX: 0.1, YES_NO_SUFFIX: 0.1, "": 0.55}
 _OPPOSITES = (("left", "right"), ("top", "bottom"), ("above", "below"))
-_THINNED = (96, 72, 48, 36, 24, 16, 12, 8, 4, 1)
+_THINNED = (96, 72, 48, 36, 36, 28, 28, 20, 16, 8, 1)
 
 
 class Wording:
@@ -143,14 +143,15 @@ def _suffix(question: Question, random: np.random.Generator) -> str:
     if question.kind in ("probe", "caption"):
         return ""
     suffix = str(random.choice(list(_SUFFIX_WEIGHTS), p=list(_SUFFIX_WEIGHTS.values())))
-    return PHRASE_SUFFIX if question.kind == "open" and suffix == YES_NO_SUFFIX else suffix
+    return PHRASE_SUFFIX if question.kind in ("open", "where") and suffix == YES_NO_SUFFIX else suffix
 
 
 def token_count(random: np.random.Generator, progress: float) -> int:
     """How many image tokens a batch keeps: few and telling ones at first, later anything up to all."""
     if progress < 0.2:
         return int(random.choice([20, 28, 36]))
-    return TOKENS if random.random() < 0.3 else int(random.choice(_THINNED))
+    whole = 0.1 if progress < 0.75 else 0.4
+    return TOKENS if random.random() < whole else int(random.choice(_THINNED))
 
 
 def pack_views(views: list[View], wording: Wording) -> Packed:
@@ -214,4 +215,4 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
     low, high = ([wording.word(word) for word in side] for side in zip(*_OPPOSITES, strict=True))
     # A soft target makes the words a scale, so that places can be compared and not only told apart.
     offsets = torch.from_numpy(np.array(places)[chosen]).to(logits) - (GRID - 1) / 2
-    return named + binary_cross_entropy_with_logits(logits[:, high] - logits[:, low], (offsets / 2).sigmoid())
+    return named + 2 * binary_cross_entropy_with_logits(logits[:, high] - logits[:, low], offsets.sigmoid())

@@ -138,39 +138,67 @@ def plural(noun: str) -> str:
 
 def position(scene: Scene, random: np.random.Generator) -> list[Question]:
     """MME position: how two objects lie to each other."""
-    named = _named_objects(scene, random)
-    pairs = []
-    for one in named:
-        for two in named:
-            for axis, relation in enumerate(_OPPOSITE):
-                if scene.objects[two].centre[axis] - scene.objects[one].centre[axis] >= _CLEAR_RELATION_PX:
-                    pairs += [(one, two, relation), (two, one, _OPPOSITE[relation])]
-    if not pairs:
+    relations = _relations(scene, _named_objects(scene, random))
+    if not relations:
         return []
-    one, two, relation = pairs[random.integers(len(pairs))]
-    opposite = {**_OPPOSITE, **{v: k for k, v in _OPPOSITE.items()}}[relation]
+    about, name, other, true, false = relations[random.integers(len(relations))]
     return [
-        Question("position", f"Is the {named[one]} {which} the {named[two]} in the image?", answer, (one, two))
-        for which, answer in ((relation, "Yes"), (opposite, "No"))
+        Question("position", f"Is the {name} {relation} the {other} in the image?", answer, about)
+        for relation, answer in ((true, "Yes"), (false, "No"))
     ]
 
 
 def side(scene: Scene, random: np.random.Generator) -> list[Question]:
     """On which side of the image an object lies."""
-    sides = []
-    for index, name in _named_objects(scene, random).items():
+    sides = _sides(scene, _named_objects(scene, random))
+    if not sides:
+        return []
+    about, name, true, false = sides[random.integers(len(sides))]
+    return [
+        Question("side", f"Is the {name} {which} of the image?", answer, about)
+        for which, answer in ((true, "Yes"), (false, "No"))
+    ]
+
+
+def where(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """Side and relation as a choice of two; no benchmark has it, but yes and no alone hardly teach places."""
+    named, asked = _named_objects(scene, random), []
+    if sides := _sides(scene, named):
+        about, name, true, false = sides[random.integers(len(sides))]
+        one, two = random.permutation([true, false])
+        asked.append(Question("where", f"Is the {name} {one} or {two} of the image?", _place_word(true), about))
+    if relations := _relations(scene, named):
+        about, name, other, true, false = relations[random.integers(len(relations))]
+        one, two = random.permutation([true, false])
+        text = f"Is the {name} {one} or {two} the {other} in the image?"
+        asked.append(Question("where", text, _place_word(true), about))
+    return asked
+
+
+def _relations(scene: Scene, named: dict[int, str]) -> list[tuple[tuple[int, int], str, str, str, str]]:
+    """All clear relations as (objects, name, name of the other, true relation, its opposite)."""
+    found = []
+    for one, name in named.items():
+        for two, other in named.items():
+            for axis, (low, high) in enumerate(_OPPOSITE.items()):
+                if scene.objects[two].centre[axis] - scene.objects[one].centre[axis] >= _CLEAR_RELATION_PX:
+                    found += [((one, two), name, other, low, high), ((two, one), other, name, high, low)]
+    return found
+
+
+def _sides(scene: Scene, named: dict[int, str]) -> list[tuple[tuple[int], str, str, str]]:
+    """All clear sides as (object, name, true side, its opposite)."""
+    found = []
+    for index, name in named.items():
         for axis, (low, high) in enumerate(_SIDES.items()):
             offset = scene.objects[index].centre[axis] - IMAGE_SIZE_PX / 2
             if abs(offset) >= _CLEAR_SIDE_PX:
-                sides.append((index, name, *((low, high) if offset < 0 else (high, low))))
-    if not sides:
-        return []
-    index, name, right, wrong = sides[random.integers(len(sides))]
-    ask = f"Is the {name}"
-    return [
-        Question("side", f"{ask} {right} of the image?", "Yes", (index,)),
-        Question("side", f"{ask} {wrong} of the image?", "No", (index,)),
-    ]
+                found.append(((index,), name, *((low, high) if offset < 0 else (high, low))))
+    return found
+
+
+def _place_word(place: str) -> str:
+    return next(word for word in ("left", "right", "top", "bottom", "above", "below") if word in place)
 
 
 def ocr(scene: Scene, random: np.random.Generator) -> list[Question]:
@@ -244,6 +272,7 @@ KINDS_OF_QUESTION: dict[str, Callable[..., list[Question]]] = {
     "side": side,
     "OCR": ocr,
     "open": open_question,
+    "where": where,
     "probe": probe,
     "caption": caption,
 }

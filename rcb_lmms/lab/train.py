@@ -38,7 +38,7 @@ EVALUATION_SCENES = 48
 TOWER = Stage("tower", steps=1900, batch=32, pool=20_000, learning_rate=1.2e-3)
 
 
-LANGUAGE = Stage("language", steps=1500, batch=32, pool=12_000, learning_rate=1.5e-3, save_every=250)
+LANGUAGE = Stage("language", steps=2800, batch=32, pool=8_000, learning_rate=1.5e-3, save_every=250)
 
 
 def train(
