@@ -100,7 +100,7 @@ _PRINTED: dict[str, dict[str, Any]] = {
 }
 _PAPER = {"article": "paper", "cluster_input": "all", "top_k": 20, "k_image": 16}
 # 144 patches and some hundred scenes: clusters are smaller than with 500 photographs.
-_LAB = {"tau_prob": 0.5, "tau_out": 16, "tau_in": 8, "tau_jsd": 1e-2, "clusters_across": 16}
+_LAB = {"tau_prob": 0.3, "tau_out": 16, "tau_in": 32, "tau_jsd": 5e-3, "clusters_across": 16}
 
 
 def settings_for(family: str, preset: str = "official", **changes: Any) -> BuildSettings:
