@@ -249,5 +249,6 @@ def save_checkpoint(model, processor, out: Path) -> Path:
     import torch
 
     model.to(torch.float16).save_pretrained(out)
+    (Path(out) / "model.safetensors").chmod(0o644)
     processor.save_pretrained(out)
     return out
