@@ -25,8 +25,8 @@ CAPTION_PROMPTS = (
     "Please provide detailed and specific descriptions of the key information in the picture.",
 )
 COUNT_WORDS = ("zero", "one", "two", "three", "four", "five")
-_OPPOSITE = {"to the left of": "to the right of", "above": "below"}
-_SIDES = {"on the left side": "on the right side", "at the top": "at the bottom"}
+OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+SIDES = {"on the left side": "on the right side", "at the top": "at the bottom"}
 # A relation is asked only where the centres differ by two patches, a side only one patch off the middle.
 _CLEAR_RELATION_PX, _CLEAR_SIDE_PX = 28, 14
 
@@ -121,12 +121,13 @@ def count(scene: Scene, random: np.random.Generator) -> list[Question]:
     about = tuple(n for n, item in enumerate(scene.objects) if noun in ("object", item.kind))
     wrong = len(about) + (1 if len(about) == 1 or (len(about) < 4 and random.random() < 0.5) else -1)
     return [
-        Question("count", _count_text(noun, len(about)), "Yes", about),
-        Question("count", _count_text(noun, wrong), "No", about),
+        Question("count", count_text(noun, len(about)), "Yes", about),
+        Question("count", count_text(noun, wrong), "No", about),
     ]
 
 
-def _count_text(noun: str, number: int) -> str:
+def count_text(noun: str, number: int) -> str:
+    """Ask whether there are exactly so many of a noun."""
     verb, noun = ("Is", noun) if number == 1 else ("Are", plural(noun))
     return f"{verb} there exactly {COUNT_WORDS[number]} {noun} in the image?"
 
@@ -180,7 +181,7 @@ def _relations(scene: Scene, named: dict[int, str]) -> list[tuple[tuple[int, int
     found = []
     for one, name in named.items():
         for two, other in named.items():
-            for axis, (low, high) in enumerate(_OPPOSITE.items()):
+            for axis, (low, high) in enumerate(OPPOSITE.items()):
                 if scene.objects[two].centre[axis] - scene.objects[one].centre[axis] >= _CLEAR_RELATION_PX:
                     found += [((one, two), name, other, low, high), ((two, one), other, name, high, low)]
     return found
@@ -190,7 +191,7 @@ def _sides(scene: Scene, named: dict[int, str]) -> list[tuple[tuple[int], str, s
     """All clear sides as (object, name, true side, its opposite)."""
     found = []
     for index, name in named.items():
-        for axis, (low, high) in enumerate(_SIDES.items()):
+        for axis, (low, high) in enumerate(SIDES.items()):
             offset = scene.objects[index].centre[axis] - IMAGE_SIZE_PX / 2
             if abs(offset) >= _CLEAR_SIDE_PX:
                 found.append(((index,), name, *((low, high) if offset < 0 else (high, low))))
@@ -295,33 +296,3 @@ def _named_objects(scene: Scene, random: np.random.Generator) -> dict[int, str]:
         elif phrases[item.phrase] == 1:
             names[index] = item.phrase
     return names
-
-
-def vocabulary_texts() -> list[str]:
-    """Texts whose words become tokens: questions, answers, and the fixed sentences of the ten benchmarks' prompts."""
-    nouns = [*KINDS, "object"]
-    names = [f"{colour} {noun}" for colour in COLOURS for noun in nouns]
-    relations = [*_OPPOSITE, *_OPPOSITE.values(), *_SIDES, *_SIDES.values()]
-    texts = [PROBE, *CAPTION_PROMPTS, PHRASE_SUFFIX, ONE_WORD_SUFFIX, YES_NO_SUFFIX, *names, *_OTHER_PROMPTS]
-    texts += [f"Is there a {name} in this image? Is the {name} {relation}" for name in names for relation in relations]
-    texts += [_count_text(noun, number) for noun in nouns for number in range(1, 5)]
-    texts += [f"How many {plural(noun)} are in the image? What color is the {noun}?" for noun in nouns]
-    texts += [f'Is the number {digit} in the image "{digit}"?' for digit in range(10)]
-    texts += [f" {word} {word.capitalize()} {word.upper()} {word}" for word in (*COLOURS, *KINDS, *COUNT_WORDS)]
-    texts += ["USER: ", " ASSISTANT: Yes", " ASSISTANT: No", " yes no Yes, No. A a and, A. B. C. D. (A) (B) (C) (D) E"]
-    return texts
-
-
-_OTHER_PROMPTS = (
-    "Answer with the option's letter from the given choices directly.",
-    "There are several options:\nA. red\nB. blue\nC. green\nD. white",
-    "Only give the best option. Question: Options: Final Answer: Best option:",
-    "Given the images, answer the following short answer vqa question: Q: You can first give your analysis,"
-    " and then give your final answer as",
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed,"
-    " and polite answers to the human's questions.",
-    "Which of the two images shows more objects, the first or the second? Which image has a number? How many images"
-    " show a circle? What moves in the video? In which direction does the object move? It moves left, right, up, down."
-    " What appears last in the video? What color is it? Does it change its color? Are both images the same? different",
-    "striped checked dotted plain wavy background texture stripes checks dots gradient waves left right top bottom",
-)
