@@ -249,6 +249,6 @@ def save_checkpoint(model, processor, out: Path) -> Path:
     import torch
 
     model.to(torch.float16).save_pretrained(out)
-    (Path(out) / "model.safetensors").chmod(0o644)
+    (Path(out) / "model.safetensors").chmod(0o644)  # transformers leaves it readable by its owner alone
     processor.save_pretrained(out)
     return out

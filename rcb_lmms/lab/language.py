@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcb_lmms.lab.packing import Packed, Prompted, pack
-from rcb_lmms.lab.pointing import named_objects
 from rcb_lmms.lab.questions import (
     KINDS_OF_QUESTION,
     ONE_WORD_SUFFIX,
@@ -23,10 +22,9 @@ from rcb_lmms.lab.questions import (
     Question,
     blind,
     caption,
-    plural,
     probe,
 )
-from rcb_lmms.lab.scenes import GRID, KINDS, Scene, make_scene
+from rcb_lmms.lab.scenes import GRID, Scene, make_scene
 from rcb_lmms.lab.tower import patch_labels
 
 TOKENS = GRID * GRID
@@ -50,7 +48,6 @@ class Wording:
         self._encode = functools.lru_cache(50_000)(self._encode_text)
         self.prefix = [tokenizer.bos_token_id, *self._encode("USER: ")]
         self.pad = tokenizer.pad_token_id
-        self.nouns = frozenset(self.word(form) for noun in (*KINDS, "object") for form in (noun, plural(noun)))
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -96,16 +93,12 @@ class FeaturePool:
 
 @dataclass(frozen=True)
 class View:
-    """A scene as one training example sees it: indices of kept tokens, which of those are blanked, what is asked.
-
-    `points` holds for every question the places of its nouns, and the slots of the image tokens that each means.
-    """
+    """A scene as one training example sees it: indices of kept tokens, which of those are blanked, what is asked."""
 
     scene: Scene
     kept: np.ndarray
     blanked: np.ndarray
     questions: list[Prompted]
-    points: list[list[tuple[int, np.ndarray]]]
 
 
 def choose_tokens(owner: np.ndarray, count: int, random: np.random.Generator, early: bool) -> np.ndarray:
@@ -134,12 +127,7 @@ def make_view(scene: Scene, count: int, wording: Wording, random: np.random.Gene
     pairs = 5 if count > 8 else 3
     asked = _ask(visible, pairs, random, progress) if visible.objects else blind(scene, random, pairs)
     questions = [wording(question, _suffix(question, random)) for question in asked]
-    points = [named_objects(q, p.prompt, wording.nouns) for q, p in zip(asked, questions, strict=True)]
-    if not visible.objects:
-        return View(scene, kept, blanked, questions, [[] for _ in asked])
-    slots = [np.flatnonzero((owner[kept] == index) & ~blanked) for index in shown if index >= 0]
-    slots_of = [[(place, np.concatenate([slots[n] for n in meant])) for place, meant in pairs] for pairs in points]
-    return View(scene, kept, blanked, questions, slots_of)
+    return View(scene, kept, blanked, questions)
 
 
 def _ask(scene: Scene, pairs: int, random: np.random.Generator, progress: float) -> list[Question]:
@@ -205,7 +193,7 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
     Without this the projector and the word embeddings take most of the training to find a common language.
     """
     import torch
-    from torch.nn.functional import cross_entropy, smooth_l1_loss
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
     rows, slots, words, places = [], [], [], []
     for row, view in enumerate(views):
@@ -225,6 +213,6 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
     wanted = torch.from_numpy(np.array(words)[chosen]).to(logits.device)
     named = sum(cross_entropy(logits, wanted[:, column]) for column in range(3)) / 3
     low, high = ([wording.word(word) for word in side] for side in zip(*_OPPOSITES, strict=True))
-    # A scale from low to high, as strong as the names, lets places be compared and not only told apart.
+    # A soft target makes the words a scale, so that places can be compared and not only told apart.
     offsets = torch.from_numpy(np.array(places)[chosen]).to(logits) - (GRID - 1) / 2
-    return named + 0.5 * smooth_l1_loss(logits[:, high] - logits[:, low], 1.5 * offsets)
+    return named + 2 * binary_cross_entropy_with_logits(logits[:, high] - logits[:, low], offsets.sigmoid())

@@ -38,7 +38,7 @@ EVALUATION_SCENES = 48
 TOWER = Stage("tower", steps=1900, batch=32, pool=20_000, learning_rate=1.2e-3)
 
 
-LANGUAGE = Stage("language", steps=3300, batch=32, pool=6_000, learning_rate=2.5e-3, save_every=250)
+LANGUAGE = Stage("language", steps=1500, batch=32, pool=8_000, learning_rate=1.5e-3, save_every=250)
 
 
 def train(
@@ -160,7 +160,6 @@ def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, fi
     from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
     from rcb_lmms.lab.packing import run_packed
-    from rcb_lmms.lab.pointing import Pointing
 
     torch.manual_seed(seed + 1)
     processor = make_processor()
@@ -169,7 +168,7 @@ def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, fi
     model.model.vision_tower.requires_grad_(False)
     # Token 0 must stay the empty slot it is, although the tied head would like to push it away.
     model.get_input_embeddings().weight.register_hook(_without_token_zero)
-    wording, pointing = lab.Wording(processor.tokenizer), Pointing(model.model.language_model)
+    wording = lab.Wording(processor.tokenizer)
     pool = lab.FeaturePool(tower, "train", first_scene, device)
     modules = torch.nn.ModuleDict({"projector": model.model.multi_modal_projector, "text": model.model.language_model})
 
@@ -181,9 +180,8 @@ def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, fi
         features = lab.projected(model, views, [pool.features(int(i)) for i in indices])
         loss, right = lab.answer_loss(model, run_packed(model, packed, features), packed)
         naming = lab.naming_loss(model, features, views, wording, random)
-        pointed = pointing.loss(packed, [view.points for view in views])
-        figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "pointing": pointed.item()}
-        return loss + 0.2 * naming + 0.2 * pointed, {**figures, "tokens": count}
+        figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
+        return loss + 0.2 * naming, figures
 
     run_stage(stage, out, modules, step_loss, seed=seed, evaluate=_evaluator(model, tower, wording, device))
     return model.eval(), processor
