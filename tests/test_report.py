@@ -499,7 +499,8 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     table = pd.read_csv(out / "table.csv")
     assert table["method"].tolist() == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random"]
     sizes = json.loads((out / "runs" / "full" / "results.json").read_text())["n-samples"]
-    assert {task: size["original"] for task, size in sizes.items()} == {"pope": 18, "mme": 4}  # two subtasks of two questions
+    # One image each: 18 questions of POPE, two subtasks of two questions of MME.
+    assert {task: size["original"] for task, size in sizes.items()} == {"pope": 18, "mme": 4}
     assert table["retained_tokens"].iloc[1:].tolist() == pytest.approx([2.0] * 5, abs=0.5)
     assert "[ 6/6] random-2-seed0" in said
     assert "next: cd " in said
