@@ -403,3 +403,12 @@ def test_the_readme_names_every_entry_and_method():
     named = {entry.strip(" `"): method.strip(" `") for entry, method in rows}
     assert set(named) == {f"{family}_{method}" for family, methods in ENTRIES.items() for method in methods}
     assert set(named.values()) == set(PRUNERS)
+
+
+def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog):
+    record, _ = evaluate("llava_rcb", "one", threshold=-1, codebook=codebook_file)
+    assert record["achieved"]["pope"]["retained_max"] == record["achieved"]["pope"]["retained_min"] == 1
+    assert caplog.text.count("min_keep adds 1 tokens") == 6
+    record, samples = evaluate("llava_rcb", "none", threshold=-1, min_keep=0, codebook=codebook_file)
+    assert record["achieved"]["pope"]["retained_max"] == 0
+    assert len(samples) == 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 STORE_BYTES = 4 << 30
 
@@ -72,7 +75,15 @@ def select(pruner: Pruner, views: Sequence[VisualTokens]) -> list[Selection]:
     """One `Selection` per view."""
     for view in views:
         check_needs(view, pruner)
-    return [pruner.select(view) for view in views]
+    selections = [pruner.select(view) for view in views]
+    if forced := sum(selection.forced for selection in selections):
+        logger.warning(
+            "%s under %s keeps too little of an image: min_keep adds %d tokens (min_keep=0 is the released behaviour)",
+            pruner.name,
+            pruner.budget,
+            forced,
+        )
+    return selections
 
 
 def _view_bytes(view: VisualTokens) -> int:
