@@ -87,12 +87,8 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, as hexadecimal digits."""
-    with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
-
-
-def _sha256(handle) -> str:
     digest = hashlib.sha256()
-    while chunk := handle.read(1 << 20):
-        digest.update(chunk)
+    with Path(path).open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

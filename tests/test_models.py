@@ -412,3 +412,16 @@ def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog)
     record, samples = evaluate("llava_rcb", "none", threshold=-1, min_keep=0, codebook=codebook_file)
     assert record["achieved"]["pope"]["retained_max"] == 0
     assert len(samples) == 24
+
+
+def test_match_takes_counts_as_they_are_and_measures_only_what_a_baseline_decides(codebook_file):
+    # FastV leaves every view whole and prunes in the decoder: measuring its views gave the native count.
+    targets = {
+        name: resolve("llava", "rcb", {"codebook": codebook_file, "match": name}).target
+        for name in ("fastv:144", "random", "prumerge:72", "prumerge")
+    }
+    assert [targets[name].tokens for name in targets] == [144, 64, 72, None]
+    assert targets["prumerge"].baseline.budget.kind == "adaptive"
+    for method in ("fastv", "random"):
+        with pytest.raises(UserError, match="model_args this entry does not have"):
+            resolve("llava", method, {"match": "prumerge"})

@@ -115,7 +115,9 @@ def _method_options(method: str) -> list[str]:
 
 
 def _budget_names(method: str) -> tuple[str, ...]:
-    return {"none": (), "rcb": BUDGETS}.get(method, ("keep", "ratio", "match"))
+    counts = ("keep", "ratio")
+    own = {"none": (), "rcb": BUDGETS, "fastv": counts, "random": counts}
+    return own.get(method, (*counts, "match"))
 
 
 def _budget(method: str, given: dict[str, Any], options: dict[str, Any]) -> tuple[Budget | None, Target | None]:
@@ -133,7 +135,7 @@ def _budget(method: str, given: dict[str, Any], options: dict[str, Any]) -> tupl
     if name == "threshold":
         return Budget.threshold(value), None
     if name == "match":
-        return _unfitted(method), Target(baseline=baseline(str(value)))
+        return _unfitted(method), matched(str(value))
     if method == "prumerge" or (method == "rcb" and options.get("variant", "max_cosine") == "max_cosine"):
         # These decide image by image: the budget is a mean over the benchmark.
         Budget.tokens(round(value)) if name == "keep" else Budget.ratio(value)
@@ -145,17 +147,20 @@ def _unfitted(method: str) -> Budget:
     return Budget.threshold(1.0) if method == "rcb" else Budget.adaptive()
 
 
-def baseline(name: str) -> Pruner:
-    """The method of `match=NAME` or `match=NAME:TOKENS`, whose mean retained tokens are to be matched.
+def matched(name: str) -> Target:
+    """The target of `match=NAME` or `match=NAME:TOKENS`: the baseline's retained tokens.
+
+    A baseline with a count is that number; FastV's counts the tokens behind its layer, the convention of the paper's
+    tables. Only what a baseline decides image by image is measured.
 
     Raises:
-        UserError: not a baseline, or one whose count must be given.
+        UserError: not a baseline.
     """
     method, _, tokens = name.partition(":")
     if method in ("prumerge", "prumerge_plus") and not tokens:
-        return make_pruner(method, budget=Budget.adaptive())
+        return Target(baseline=make_pruner(method, budget=Budget.adaptive()))
     if method in ("prumerge", "prumerge_plus", "fastv", "random"):
-        return make_pruner(method, budget=Budget.tokens(_number("match", tokens or PAPER_TOKENS)))
+        return Target(tokens=_number("match", tokens or PAPER_TOKENS))
     raise UserError(
         wanted=f"match={name}",
         found="no such baseline",

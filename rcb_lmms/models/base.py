@@ -185,18 +185,21 @@ class PrunedModel(lmms):
             )
         answers = {}
         for row, (index, prompt) in enumerate(batch.items()):
-            counts = self._counts(prompt, generated.output_tokens[row], layer_pruner)
+            rank = None if generated.layer_kept is None else generated.layer_kept[row]
+            counts = self._counts(prompt, generated.output_tokens[row], layer_pruner, rank)
             if not window[index].padding:
                 self.rows.append((window[index].task, counts))
             answers[index] = GenerationResult(generation.cut(generated.texts[row]), counts)
             self.journal.write(window[index], self._fitted(window[index].task), answers[index])
         return answers
 
-    def _counts(self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None) -> VisualTokenCounts:
+    def _counts(
+        self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None, rank: int | None
+    ) -> VisualTokenCounts:
         native, kept = prompt.native, prompt.retained
         average, pruned = float(kept), (None, None)
         if layer_pruner is not None and prompt.spans:
-            kept = layer_pruner.rank(native, self.shape.layers)
+            kept = rank
             average = layer_average(kept, native, layer_pruner.layer, self.shape.layers)
             pruned = (layer_pruner.layer, len(prompt) - native + kept)
         return VisualTokenCounts(
