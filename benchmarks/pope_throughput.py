@@ -57,8 +57,7 @@ def ours(family, pruner, asked, batch_size: int) -> list[str]:
     encoder, answers = ImageEncoder(family, pruner.needs), []
     for begin in range(0, len(asked), batch_size):
         batch = asked[begin : begin + batch_size]
-        images = [family.open(image) for image, _ in batch]
-        packed = encoder.packed(images, [family.key(image) for image in images], pruner)
+        packed = encoder.packed([family.open(image) for image, _ in batch], pruner)
         prompts = [family.embed(family.prompt(text), [own]) for (_, text), own in zip(batch, packed, strict=True)]
         answers += generate(family, prompts, OPTIONS).texts
     return answers

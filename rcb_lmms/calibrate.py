@@ -21,7 +21,8 @@ from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
+
+    from rcb_lmms.families.images import Visual
 
 
 @dataclass
@@ -59,7 +60,7 @@ def score_pass(
     encoder: ImageEncoder,
     methods: Mapping[str, Pruner],
     baselines: Mapping[str, Pruner],
-    images: Iterable[tuple[str, Image]],
+    visuals: Iterable[Visual],
     weights: Mapping[str, float],
 ) -> ScorePass:
     """Run images through the vision tower once and keep what calibration needs of them.
@@ -68,17 +69,16 @@ def score_pass(
         encoder: filled for the union of the pruners' needs.
         methods: whose evidence is kept, under these names, to be fitted.
         baselines: whose retained tokens are counted, under these names, to be matched.
-        images: `(content key, opened image)`, each once.
-        weights: questions asked about each image, by key.
+        visuals: opened images and videos, each once.
+        weights: questions asked about each of them, by key.
     """
     import numpy as np
 
     result = ScorePass({name: [] for name in (*methods, *baselines)})
-    batch: list[tuple[str, Image]] = []
+    batch: list[Visual] = []
 
     def flush() -> None:
-        keys = [key for key, _ in batch]
-        for key, views in zip(keys, encoder.views([image for _, image in batch], keys), strict=True):
+        for visual, views in zip(batch, encoder.views(batch), strict=True):
             for view in views:
                 for name, pruner in methods.items():
                     check_needs(view, pruner)
@@ -86,12 +86,12 @@ def score_pass(
                 for name, pruner in baselines.items():
                     (selection,) = select(pruner, [view])
                     result.evidence[name].append(np.array([len(selection)], dtype=np.float32))
-                result.weights.append(weights[key])
+                result.weights.append(weights[visual.key])
                 result.natives.append(len(view))
         batch.clear()
 
-    for item in images:
-        batch.append(item)
+    for visual in visuals:
+        batch.append(visual)
         if len(batch) >= encoder.batch_size:
             flush()
     if batch:
@@ -241,12 +241,11 @@ def calibrate_images(
     needs = pruner.needs.union(*(baseline.needs for baseline in baselines.values()))
     weights: dict[str, float] = {}
 
-    def distinct() -> Iterator[tuple[str, Image]]:
+    def distinct() -> Iterator[Visual]:
         for path in paths:
-            image = family.open(path)
-            if (key := family.key(image)) not in weights:
-                weights[key] = 1.0
-                yield key, image
+            if (visual := family.open(path)).key not in weights:
+                weights[visual.key] = 1.0
+                yield visual
 
     scores = score_pass(ImageEncoder(family, needs), {"method": pruner}, baselines, distinct(), weights)
     if match is not None:

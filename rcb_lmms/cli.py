@@ -121,7 +121,7 @@ def show(
     family = load_family(model, preprocess=preprocess)
     own = {"rcb": {"codebook": codebook or default_codebook(family.name, model)}}
     pruners = {name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")}
-    kept_tokens_picture(family, pruners, [family.open(image) for image in images], out)
+    kept_tokens_picture(family, pruners, [family.open(image).image for image in images], out)
     typer.echo(f"wrote {out}")
 
 

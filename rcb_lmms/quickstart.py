@@ -182,7 +182,7 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
     from rcb_lmms.report.pictures import kept_tokens_picture
 
     family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
-    images = [family.open(image) for image in example_images()]
+    images = [family.open(image).image for image in example_images()]
     for keep in budgets:
         chosen = {}
         for step in planned:

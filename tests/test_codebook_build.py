@@ -25,7 +25,7 @@ from rcb_lmms.codebook.probe import ImageStatistics, measure
 from rcb_lmms.codebook.select import patch_scores
 from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import Family
+from rcb_lmms.families.base import Family, Rows
 from rcb_lmms.families.llava import Llava
 from rcb_lmms.pruners.base import VisualTokens
 
@@ -315,17 +315,20 @@ class FakeFamily(Family):
     def pad_embedding(self):
         return self.model.table[0].detach()
 
-    def encode(self, images, needs=()):
-        assert set(needs) == {"cls_similarity"}
-        pixels = [torch.from_numpy(np.array(image.resize((4, 4)), dtype=np.float32)).reshape(16, 3) for image in images]
+    def _encode(self, visuals, needs):
+        assert needs == {"cls_similarity"}
+        assert {visual.role for visual in visuals} == {"base"}
+        images = [visual.image.resize((4, 4)) for visual in visuals]
+        pixels = [torch.from_numpy(np.array(image, dtype=np.float32)).reshape(16, 3) for image in images]
         views = [torch.cat([rows / 100, (rows / 50).sin()], dim=-1) for rows in pixels]
         return [[VisualTokens(rows, (4, 4), cls_similarity=rows[:, 3]), None] for rows in views]
 
     def project(self, encoder_features):
         raise NotImplementedError
 
-    def pack(self, views):
-        return torch.cat([*views, self.model.table[58:59]])
+    def pack(self, views, visual=None, *, whole=False):
+        rows = torch.cat([*views, self.model.table[58:59]])
+        return Rows(rows, (len(rows) - 1,))
 
     def prompt(self, text, images=1):
         return [1, 59, *(2 + ord(letter) % 50 for letter in text[:4])]
@@ -483,11 +486,13 @@ def test_half_precision_tokens_stay_half_precision(tmp_path, images):
     class Half(FakeFamily):
         dtype = torch.float16
 
-        def encode(self, images, needs=()):
-            return [[replace(view, features=view.features.to(self.dtype))] for view, _ in super().encode(images, needs)]
+        def _encode(self, visuals, needs):
+            return [
+                [replace(view, features=view.features.to(self.dtype))] for view, _ in super()._encode(visuals, needs)
+            ]
 
-        def pack(self, views):
-            return super().pack([view.float() for view in views])
+        def pack_base(self, tokens):
+            return super().pack_base(tokens.float())
 
     class Brain(Half):
         dtype = torch.bfloat16

@@ -7,6 +7,7 @@ from rcb_lmms.cost import DecoderShape, codebook_flops
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import generate, last_logits, out_of_memory
 from rcb_lmms.engine.store import ByteStore
+from rcb_lmms.families.images import Visual, content_key
 from rcb_lmms.pruners import PRUNERS, make_pruner
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False}
@@ -54,14 +55,19 @@ def test_all_tokens_generate_what_the_unpruned_model_does(family):
         )
         inputs = family.processor(images=image, text=prompt, return_tensors="pt")
         ids = family.model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
-        ours = generate(family, [family.embed(family.prompt(text), [family.encode([image])[0][0].features])], OPTIONS)
+        ours = generate(
+            family,
+            [family.embed(family.prompt(text), [family.pack_base(family.encode([image])[0][0].features)])],
+            OPTIONS,
+        )
         assert ours.texts == family.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def test_an_image_is_encoded_once_and_chosen_from_once(family):
     encoder = ImageEncoder(family, frozenset(), batch_size=2)
     images = [tiny.random_image(seed) for seed in (0, 1, 0, 2, 1)]
-    keys = [family.key(image) for image in images]
+    visuals = [Visual((image,)) for image in images]
+    keys = [content_key(image) for image in images]
     calls = []
 
     class Counting(PRUNERS["random"]):
@@ -70,8 +76,8 @@ def test_an_image_is_encoded_once_and_chosen_from_once(family):
             return super().select(view)
 
     pruner = Counting(budget=Budget.tokens(4))
-    first = encoder.packed(images, keys, pruner)
-    second = encoder.packed(images[:2], keys[:2], pruner)
+    first = encoder.packed(visuals, pruner)
+    second = encoder.packed(visuals[:2], pruner)
     assert encoder.encoded_images == 3
     assert sorted(calls) == sorted(set(keys))
     assert torch.equal(first[0].embeds, first[2].embeds)
@@ -80,11 +86,10 @@ def test_an_image_is_encoded_once_and_chosen_from_once(family):
 
 
 def test_results_do_not_depend_on_what_the_store_forgot(family):
-    images = [tiny.random_image(seed) for seed in (0, 1, 2, 0, 1)]
-    keys = [family.key(image) for image in images]
+    visuals = [Visual((tiny.random_image(seed),)) for seed in (0, 1, 2, 0, 1)]
     pruner = make_pruner("random", budget=Budget.tokens(4))
     large, none = ImageEncoder(family, frozenset()), ImageEncoder(family, frozenset(), store_bytes=0)
-    for a, b in zip(large.packed(images, keys, pruner), none.packed(images, keys, pruner), strict=True):
+    for a, b in zip(large.packed(visuals, pruner), none.packed(visuals, pruner), strict=True):
         torch.testing.assert_close(a.embeds, b.embeds, rtol=0, atol=1e-5)
 
 
@@ -112,9 +117,9 @@ def test_the_vision_batch_is_halved_when_memory_runs_out(family, monkeypatch):
 
     monkeypatch.setattr(family, "encode", tight)
     encoder = ImageEncoder(family, frozenset(), batch_size=8)
-    images = [tiny.random_image(seed) for seed in range(5)]
-    views = encoder.views(images, [family.key(image) for image in images])
-    assert [own[0].key for own in views] == [family.key(image) for image in images]
+    visuals = [Visual((tiny.random_image(seed),)) for seed in range(5)]
+    views = encoder.views(visuals)
+    assert [own[0].key for own in views] == [visual.key for visual in visuals]
     assert sizes == [5, 2, 3, 1, 2]
     assert encoder.batch_size <= 2
 

@@ -443,7 +443,7 @@ def test_fastv_draws_what_eager_attention_ranks_highest(family):
     image = tiny.random_image(1)
     kept = pictures.kept_tokens(family, pruner, image, "Is it red?").indices
     (view,) = family.encode([image])[0]
-    prompt = family.embed(family.prompt("Is it red?"), [view.features])
+    prompt = family.embed(family.prompt("Is it red?"), [family.pack_base(view.features)])
     decoder = family.model.get_decoder()
     decoder.set_attn_implementation("eager")
     try:

@@ -156,7 +156,7 @@ def content_logits(family: Family, sequences: Sequence[Tensor], settings: BuildS
     sequence on its own, so that the intact and the ablated run may differ in it (released code).
     """
     ids = family.prompt(settings.prompt)
-    packed = [family.pack([sequence]) for sequence in sequences]
+    packed = [family.pack_base(sequence) for sequence in sequences]
     logits = last_logits(family, [family.embed(ids, [rows]) for rows in packed], batch_size)
     first = logits.argmax(-1).tolist()
     articles = {token for token in set(first) if is_article(family.tokenizer.decode([token]), settings.article)}

@@ -13,7 +13,7 @@ from rcb_lmms.families.base import Family, PackedImage
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from rcb_lmms.families.images import Visual
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +37,40 @@ class ImageEncoder:
         self._packed: ByteStore[PackedImage] = ByteStore(store_bytes)
         self._pruners: dict[int, Pruner] = {}  # kept alive, so that an id names one pruner for good
 
-    def views(self, images: Sequence[Image], keys: Sequence[str]) -> list[list[VisualTokens]]:
-        """Views of opened images; equal `keys` mean equal images."""
-        found = {key: self._views.get(key) for key in keys}
-        missing = {key: image for key, image in zip(keys, images, strict=True) if found[key] is None}
-        pending = list(missing.items())
+    def views(self, visuals: Sequence[Visual]) -> list[list[VisualTokens]]:
+        """Views of opened images and videos; equal ones are encoded once."""
+        found = {visual.key: self._views.get(visual.key) for visual in visuals}
+        pending = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         while pending:
             batch, pending = pending[: self.batch_size], pending[self.batch_size :]
-            for (key, _), views in zip(batch, self._encode([image for _, image in batch]), strict=True):
-                found[key] = views
-                self._views.put(key, views, sum(map(_view_bytes, views)))
-        return [found[key] for key in keys]
+            for visual, views in zip(batch, self._encode(batch), strict=True):
+                found[visual.key] = views
+                self._views.put(visual.key, views, sum(map(_view_bytes, views)))
+        return [found[visual.key] for visual in visuals]
 
-    def _encode(self, images: list[Image]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual]) -> list[list[VisualTokens]]:
         try:
-            encoded = self.family.encode(images, self.needs)
+            encoded = self.family.encode(visuals, self.needs)
         except (RuntimeError, MemoryError) as error:
-            if len(images) == 1 or not out_of_memory(error):
+            if len(visuals) == 1 or not out_of_memory(error):
                 raise
-            self.batch_size = len(images) // 2
-            return self._encode(images[: self.batch_size]) + self._encode(images[self.batch_size :])
-        self.encoded_images += len(images)
+            self.batch_size = len(visuals) // 2
+            return self._encode(visuals[: self.batch_size]) + self._encode(visuals[self.batch_size :])
+        self.encoded_images += len(visuals)
         return encoded
 
-    def packed(self, images: Sequence[Image], keys: Sequence[str], pruner: Pruner) -> list[PackedImage]:
-        """Pruned and packed images; the pruner chooses once per image."""
+    def packed(self, visuals: Sequence[Visual], pruner: Pruner) -> list[PackedImage]:
+        """Pruned and packed images and videos; the pruner chooses once per visual."""
         name = id(self._pruners.setdefault(id(pruner), pruner))
-        missing = {key: image for key, image in zip(keys, images, strict=True) if (name, key) not in self._packed}
+        missing = [visual for visual in visuals if (name, visual.key) not in self._packed]
         fresh = {}
-        for key, views in zip(missing, self.views(list(missing.values()), list(missing)), strict=True):
-            packed = fresh[key] = self.family.pack_selected(views, select(pruner, views))
-            self._packed.put((name, key), packed, packed.embeds.nbytes)
-        return [fresh[key] if key in fresh else self._packed.get((name, key)) for key in keys]
+        for visual, views in zip(missing, self.views(missing), strict=True):
+            if visual.key not in fresh:
+                packed = fresh[visual.key] = self.family.pack_selected(views, select(pruner, views), visual)
+                self._packed.put((name, visual.key), packed, packed.embeds.nbytes)
+        return [
+            fresh[visual.key] if visual.key in fresh else self._packed.get((name, visual.key)) for visual in visuals
+        ]
 
 
 def select(pruner: Pruner, views: Sequence[VisualTokens]) -> list[Selection]:

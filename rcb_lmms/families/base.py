@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.families.images import as_rgb, content_key
+from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -24,31 +25,57 @@ class Prompt:
 
     Attributes:
         embeds: `(s, d)`.
-        spans: `(start, stop)` of each image's rows, in order.
+        spans: `(start, stop)` of each run of visual tokens, in order; newline embeddings stand between runs.
         native, retained: visual tokens before and after pruning, newlines not counted.
+        newlines: newline embeddings.
+        views: images, tiles and frames that were pruned each on its own.
+        visuals: images and videos, one for each placeholder.
+        prefix: rows up to the end of the last image: equal for all questions about the same images, to be shared by
+            them.
     """
 
     embeds: Tensor
     spans: tuple[tuple[int, int], ...] = ()
     native: int = 0
     retained: int = 0
+    newlines: int = 0
+    views: int = 0
+    visuals: int = 0
+    prefix: int = 0
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
-    @property
-    def prefix(self) -> int:
-        """Rows up to the end of the last image: equal for all questions about the same images, to be shared by them."""
-        return self.spans[-1][1] if self.spans else 0
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows `embeds (k, d)` of one placeholder, and which of them (ascending) are newline embeddings."""
+
+    embeds: Tensor
+    newlines: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def runs(self, start: int) -> list[tuple[int, int]]:
+        """`(start, stop)` of the visual tokens between newlines, when the first row stands at `start`."""
+        ends = [-1, *self.newlines, len(self)]
+        return [(start + a + 1, start + b) for a, b in itertools.pairwise(ends) if b > a + 1]
 
 
 @dataclass(frozen=True)
 class PackedImage:
-    """One image after pruning: `embeds (k, d)` in packing order, and its visual tokens before and after."""
+    """One image or video after pruning: its rows in packing order, its visual tokens before and after, its views."""
 
-    embeds: Tensor
+    rows: Rows
     native: int
     retained: int
+    views: int = 1
+
+    @property
+    def embeds(self) -> Tensor:
+        """All rows, newlines included, `(k, d)`."""
+        return self.rows.embeds
 
 
 class Family(ABC):
@@ -60,6 +87,9 @@ class Family(ABC):
         checkpoint: the public checkpoint an entry means when it names none.
         codebook: id of the codebook released for that checkpoint.
         preprocessing: names of the presets, the paper's first.
+        options: keyword arguments of the class that only this family has; they are model_args of its entries.
+        provides: optional fields of `VisualTokens` its tower can fill in.
+        several: role of each image when a prompt has more than one.
         single_repeats: copies of one visual token in the single-token experiment (paper 7.2).
         pad_token_id: row of the embedding table that stands for "nothing" when tokens are ablated.
     """
@@ -70,6 +100,9 @@ class Family(ABC):
     codebook: ClassVar[str]
     preprocessing: ClassVar[tuple[str, ...]]
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None}
+    options: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
+    several: ClassVar[str] = "image"
     single_repeats: ClassVar[int] = 1
     pad_token_id: ClassVar[int] = 0
 
@@ -117,21 +150,36 @@ class Family(ABC):
 
     # Images
 
+    def encode(self, visuals: Sequence[Visual | Image], needs: Iterable[str] = ()) -> list[list[VisualTokens]]:
+        """Views of every visual in packing order, `needs` filled in; a plain RGB image is taken in the role `image`.
+
+        The vision tower is given all views in one batch.
+        """
+        return self._encode([item if isinstance(item, Visual) else Visual((item,)) for item in visuals], set(needs))
+
     @abstractmethod
-    def encode(self, images: Sequence[Image], needs: Iterable[str] = ()) -> list[list[VisualTokens]]:
-        """Views of every image, `needs` filled in. Images are RGB; one vision-tower batch."""
+    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+        """See `encode`."""
 
     @abstractmethod
     def project(self, encoder_features: Tensor) -> Tensor:
         """`(r, c)` tower features to `(r, d)` language-model embeddings."""
 
-    def pack(self, views: Sequence[Tensor]) -> Tensor:
-        """Kept tokens of an image's views, each `(k, d)`, as one sequence. Newline policies override this."""
+    def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
+        """Kept tokens of a visual's views, each `(k, d)`, as one sequence. Newline policies override this.
+
+        Args:
+            views: kept tokens of each view, in the order of `encode`.
+            visual: what the views are of; `None` means one base view.
+            whole: nothing was pruned, so that a packing which needs every token can be used.
+        """
         import torch
 
-        return torch.cat(list(views))
+        return Rows(torch.cat(list(views)))
 
-    def pack_selected(self, views: Sequence[VisualTokens], selections: Sequence[Selection]) -> PackedImage:
+    def pack_selected(
+        self, views: Sequence[VisualTokens], selections: Sequence[Selection], visual: Visual | None = None
+    ) -> PackedImage:
         """Apply one `Selection` per view and pack what stays."""
         kept = [
             view.features[selection.kept.to(view.features.device)]
@@ -139,15 +187,30 @@ class Family(ABC):
             else self.project(selection.features.to(self.device, self.dtype))
             for view, selection in zip(views, selections, strict=True)
         ]
-        return PackedImage(self.pack(kept), native=sum(map(len, views)), retained=sum(map(len, selections)))
+        whole = all(
+            selection.features is None and len(selection) == len(view)
+            for view, selection in zip(views, selections, strict=True)
+        )
+        rows = self.pack(kept, visual, whole=whole)
+        retained = len(rows) - len(rows.newlines)
+        native = self.native_tokens(views, visual, packed=retained if whole else None)
+        return PackedImage(rows, native, retained, len(views))
 
-    def open(self, image: Any) -> Image:
-        """An RGB image ready for `encode`."""
-        return as_rgb(image)
+    def pack_base(self, tokens: Tensor) -> PackedImage:
+        """One base view of tokens `(k, d)` as they are: what the codebook's experiments and pictures show the model."""
+        return PackedImage(self.pack([tokens]), len(tokens), len(tokens))
 
-    def key(self, image: Image) -> str:
-        """Content key of an opened image."""
-        return content_key(image)
+    def native_tokens(self, views: Sequence[VisualTokens], visual: Visual | None, packed: int | None) -> int:
+        """Visual tokens before pruning; `packed` is what the packing made of them if nothing was pruned."""
+        return sum(map(len, views)) if packed is None else packed
+
+    def open(self, image: Any, role: str = "image") -> Visual:
+        """An image ready for `encode`: a PIL image, a path, or an open file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return Visual((as_rgb(image),), role)
 
     # Prompts
 
@@ -165,10 +228,10 @@ class Family(ABC):
 
     def prompt(self, text: str, images: int = 1) -> list[int]:
         """Token ids of a one-turn conversation with `images` images before `text`."""
-        return self.chat([{"role": "user", "content": interleave(text, images)}])
+        return self.chat([{"role": "user", "content": interleave(text, ["image"] * images)}])
 
-    def embed(self, ids: Sequence[int], images: Sequence[PackedImage | Tensor]) -> Prompt:
-        """Replace each image placeholder among `ids` by an image's packed rows.
+    def embed(self, ids: Sequence[int], images: Sequence[PackedImage]) -> Prompt:
+        """Replace each placeholder of an image or a video among `ids` by its packed rows.
 
         Raises:
             UserError: placeholders and images differ in number.
@@ -176,7 +239,9 @@ class Family(ABC):
         import torch
 
         tokens = torch.tensor(ids, device=self.device)
-        placeholders = (tokens == self.model.config.image_token_id).nonzero().flatten().tolist()
+        marks = [getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")]
+        marks = torch.tensor([mark for mark in marks if mark is not None], device=self.device)
+        placeholders = torch.isin(tokens, marks).nonzero().flatten().tolist()
         if len(placeholders) != len(images):
             raise UserError(
                 wanted=f"a prompt for {len(images)} images",
@@ -184,32 +249,45 @@ class Family(ABC):
                 allowed="one placeholder per image",
                 next_step="check the task's prompt and the checkpoint's chat template",
             )
-        packed = [
-            image if isinstance(image, PackedImage) else PackedImage(image, len(image), len(image)) for image in images
-        ]
         with torch.no_grad():
             embeds = self.model.get_input_embeddings()(tokens)
         rows, spans, done, length = [], [], 0, 0
-        for position, image in zip(placeholders, packed, strict=True):
+        for position, image in zip(placeholders, images, strict=True):
             start = length + position - done
             rows += [embeds[done:position], image.embeds.to(embeds)]
-            done, length = position + 1, start + len(image.embeds)
-            spans.append((start, length))
+            done, length = position + 1, start + len(image.rows)
+            spans += image.rows.runs(start)
         rows.append(embeds[done:])
-        native, retained = sum(image.native for image in packed), sum(image.retained for image in packed)
-        return Prompt(torch.cat(rows), tuple(spans), native, retained)
+        return Prompt(
+            torch.cat(rows),
+            tuple(spans),
+            native=sum(image.native for image in images),
+            retained=sum(image.retained for image in images),
+            newlines=sum(len(image.rows.newlines) for image in images),
+            views=sum(image.views for image in images),
+            visuals=len(images),
+            prefix=length,
+        )
 
 
-def interleave(text: str, images: int) -> list[dict[str, str]]:
-    """Chat content in which every `<image>` inside `text` stands for an image.
+def interleave(text: str, media: Sequence[str]) -> list[dict[str, str]]:
+    """Chat content in which every `<image>` inside `text` stands for one of `media` (`image` or `video`), in order.
 
-    Images without a placeholder come first, placeholders without an image are dropped (MuirBench and Mantis have
-    both kinds). Placed images stay inside the text: templates move image *items* to the front.
+    Media without a placeholder come first, placeholders without a medium are dropped (MuirBench and Mantis have
+    both kinds). Placed images stay inside the text: templates move image *items* to the front. A video is never
+    placed inside.
     """
     parts = text.split(IMAGE_PLACEHOLDER)
-    placed = min(len(parts) - 1, images)
+    placed = min(len(parts) - 1, media.count("image"))
     text = IMAGE_PLACEHOLDER.join(parts[: placed + 1]) + "".join(parts[placed + 1 :])
-    return [{"type": "image"}] * (images - placed) + [{"type": "text", "text": text}]
+    inside = placed
+    first = []
+    for medium in reversed(media):
+        if medium == "image" and inside:
+            inside -= 1
+        else:
+            first.insert(0, {"type": medium})
+    return [*first, {"type": "text", "text": text}]
 
 
 def choose(argument: str, value: str, allowed: Iterable[str]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rcb_lmms.errors import UserError
 
@@ -15,6 +17,37 @@ if TYPE_CHECKING:
 
 # Past this aspect ratio, resizing the short side first would make an image of gigabytes for a crop of one square.
 MAX_ASPECT = 16
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What stands behind one placeholder of a prompt.
+
+    Attributes:
+        frames: RGB images; exactly one, unless the role is `video`.
+        role: `image` may be cut into tiles; `base` is seen in one view (one of several images, a video frame given as
+            an image, the codebook builder's images); `video` is a sequence of frames that is packed as one.
+    """
+
+    frames: tuple[Image, ...]
+    role: Literal["image", "base", "video"] = "image"
+
+    @cached_property
+    def key(self) -> str:
+        """Content key: equal visuals are encoded once, whatever they are called."""
+        if self.role == "image":
+            return content_key(self.image)
+        return hashlib.sha256(" ".join([self.role, *map(content_key, self.frames)]).encode()).hexdigest()
+
+    @property
+    def image(self) -> Image:
+        """The only frame.
+
+        Raises:
+            ValueError: a video.
+        """
+        (frame,) = self.frames
+        return frame
 
 
 def as_rgb(image: Image | str | Path) -> Image:

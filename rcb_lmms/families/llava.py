@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.families.base import Family
-from rcb_lmms.families.images import central_square_region, content_key, pad_to_square
+from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
 from rcb_lmms.pruners.base import VisualTokens
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ class Llava(Family):
     codebook = "llava-1.5-7b"
     preprocessing = ("rcb", "pad")
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
+    provides = frozenset({"encoder_features", "keys", "cls_attention", "cls_similarity"})
 
     def __init__(self, model: Any, processor: Any, **options: Any):
         super().__init__(model, processor, **options)
@@ -45,26 +45,23 @@ class Llava(Family):
         # Towers with a CLS token have one more position than patches; SigLIP has none.
         self.has_cls = model.config.vision_feature_select_strategy == "default"
 
-    def encode(self, images: Sequence[Image], needs: Iterable[str] = ()) -> list[list[VisualTokens]]:
-        """One view per image; see `Family.encode`."""
+    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
         import torch
 
-        pixels = self.processor.image_processor([self._prepare(image) for image in images], return_tensors="pt")
+        pixels = self.processor.image_processor(
+            [self._prepare(visual.image) for visual in visuals], return_tensors="pt"
+        )
         with torch.inference_mode():
             output = self.model.get_image_features(
                 pixels["pixel_values"].to(self.device, self.dtype), output_hidden_states=True, return_dict=True
             )
             hidden = output.hidden_states[self.model.config.vision_feature_layer]  # (b, 1 + n, c) with CLS
-            extras = self._extras(hidden, set(needs)) if self.has_cls else {}
+            extras = self._extras(hidden, needs) if self.has_cls else {}
             if "encoder_features" in needs:
                 extras["encoder_features"] = hidden[:, 1:] if self.has_cls else hidden
         return [
-            [
-                VisualTokens(
-                    features, self.grid, key=content_key(image), **{name: rows[i] for name, rows in extras.items()}
-                )
-            ]
-            for i, (image, features) in enumerate(zip(images, output.pooler_output, strict=True))
+            [VisualTokens(features, self.grid, key=visual.key, **{name: rows[i] for name, rows in extras.items()})]
+            for i, (visual, features) in enumerate(zip(visuals, output.pooler_output, strict=True))
         ]
 
     def _extras(self, hidden: Tensor, needs: set[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 from rcb_lmms.errors import UserError
 from rcb_lmms.lab.scenes import GRID, IMAGE_SIZE_PX, PATCH_PX
 
-FAMILIES = ("llava",)
+FAMILIES = ("llava", "llava_next", "llava_onevision")
 VISION_WIDTH, TEXT_WIDTH = 128, 160
 UNKNOWN, BEGIN, END, PAD, IMAGE = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 # In the manner of llava-1.5: "USER: <image>\nQUESTION ASSISTANT: ANSWER</s>"; images stand where the content has them.
@@ -42,39 +42,51 @@ def lab_checkpoint(family: str = "llava") -> Path:
     )
 
 
-def vision_config():
-    """Configuration of the tower: CLIP, 168 px, patch 14, six blocks; LLaVA reads the fifth."""
-    from transformers import CLIPVisionConfig
+def vision_config(family: str = "llava"):
+    """Configuration of the tower, 168 px and patch 14: CLIP of six blocks, of which LLaVA reads the fifth, or SigLIP.
 
-    return CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=4 * VISION_WIDTH,
-        projection_dim=VISION_WIDTH,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE_PX,
-        patch_size=PATCH_PX,
-    )
+    The SigLIP of LLaVA-OneVision has lost its last block, so that its five blocks are read to the end.
+    """
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    sizes = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 4 * VISION_WIDTH,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE_PX,
+        "patch_size": PATCH_PX,
+    }
+    if family == "llava_onevision":
+        return SiglipVisionConfig(num_hidden_layers=5, vision_use_head=False, **sizes)
+    return CLIPVisionConfig(num_hidden_layers=6, projection_dim=VISION_WIDTH, **sizes)
 
 
-def make_tower():
-    """An untrained CLIP tower whose patches already know where they lie and look at their neighbours.
+def make_tower(family: str = "llava"):
+    """An untrained tower whose patches already know where they lie and look at their neighbours.
 
     Learning to look around takes a plain random tower most of a short training: shapes need more than one patch.
     """
     import torch
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
-    config = vision_config()
-    tower = CLIPVisionModel(config)
+    config = vision_config(family)
+    tower = (SiglipVisionModel if family == "llava_onevision" else CLIPVisionModel)(config)
     with torch.no_grad():
-        tower.embeddings.position_embedding.weight[1:] = torch.from_numpy(_grid_waves(config.hidden_size))
-        for number, layer in enumerate(tower.encoder.layers[:-1]):
+        tower.embeddings.position_embedding.weight[-GRID * GRID :] = torch.from_numpy(_grid_waves(config.hidden_size))
+        for number, layer in enumerate(tower.encoder.layers[:5]):
             offsets = _DIAGONAL if number % 2 else _STRAIGHT
             query, key = (torch.from_numpy(_looking(config.hidden_size, table)) for table in (offsets, _HERE))
             layer.self_attn.q_proj.weight += query
             layer.self_attn.k_proj.weight += key
     return tower
+
+
+def read_tower(tower, pixel_values):
+    """What the projector reads, `(b, 144, c)`, and the pooled class token `(b, c)`, `None` for SigLIP."""
+    output = tower(pixel_values, output_hidden_states=True)
+    if tower.config.model_type == "siglip_vision_model":
+        return output.hidden_states[-1], None
+    return output.hidden_states[-2][:, 1:], output.pooler_output
 
 
 # Where each of the four heads looks at first: (rows, columns) from the patch itself.

@@ -83,12 +83,11 @@ class FeaturePool:
     def _compute(self, indices) -> np.ndarray:
         import torch
 
-        from rcb_lmms.lab.checkpoint import preprocess
+        from rcb_lmms.lab.checkpoint import preprocess, read_tower
 
         pixels = preprocess(np.stack([self.scene(index).pixels() for index in indices])).to(self._device)
         with torch.no_grad():
-            hidden = self._tower(pixels, output_hidden_states=True).hidden_states[-2]
-        return hidden[:, 1:].to(torch.float16).cpu().numpy()
+            return read_tower(self._tower, pixels)[0].to(torch.float16).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from rcb_lmms.lab.checkpoint import read_tower
 from rcb_lmms.lab.scenes import COLOURS, GRID, PATCH_PX, SHAPES, Scene, make_scene
 
 # What a patch can show: a shape, one of ten digits, or (last) nothing.
@@ -62,8 +63,8 @@ def tower_loss(tower, heads, pixel_values, labels):
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-    output = tower(pixel_values, output_hidden_states=True)
-    tokens = output.hidden_states[-2][:, 1:].flatten(0, 1)
+    tokens, pooled = read_tower(tower, pixel_values)
+    tokens = tokens.flatten(0, 1)
     kind, colour = labels["kind"].flatten(), labels["colour"].flatten()
     weights = torch.ones(_BACKGROUND + 1, device=tokens.device)
     weights[-1] = _BACKGROUND_WEIGHT
@@ -75,7 +76,8 @@ def tower_loss(tower, heads, pixel_values, labels):
     places = torch.arange(GRID * GRID, device=tokens.device).repeat(len(pixel_values))
     loss = loss + 0.3 * cross_entropy(heads["column"](tokens), places % GRID)
     loss = loss + 0.3 * cross_entropy(heads["row"](tokens), places // GRID)
-    loss = loss + binary_cross_entropy_with_logits(heads["contents"](output.pooler_output), labels["contents"])
+    if pooled is not None:
+        loss = loss + binary_cross_entropy_with_logits(heads["contents"](pooled), labels["contents"])
     shown = (kind >= 0) & (kind < _BACKGROUND)
     digits = shown & (kind >= len(SHAPES))
     right = kind_logits.argmax(-1) == kind

@@ -69,7 +69,7 @@ def train(
     if not resume:
         for path in (out / LOG_NAME, *(out / STATE_FOLDER / f"{s.name}.pt" for s in (tower_stage, language_stage))):
             path.unlink(missing_ok=True)
-    tower = train_tower(out, tower_stage, device=device, seed=seed)
+    tower = train_tower(out, tower_stage, family=family, device=device, seed=seed)
     model, processor = train_language(
         out, language_stage, tower, device=device, seed=seed, first_scene=tower_stage.pool
     )
@@ -135,7 +135,7 @@ def _load_state(path: Path, modules, optimiser) -> int:
     return state["step"]
 
 
-def train_tower(out: Path, stage: Stage, *, device: str, seed: int):
+def train_tower(out: Path, stage: Stage, *, family: str, device: str, seed: int):
     """The first stage; returns the trained tower."""
     import torch
 
@@ -143,7 +143,7 @@ def train_tower(out: Path, stage: Stage, *, device: str, seed: int):
     from rcb_lmms.lab.tower import batch_of, make_heads, tower_loss
 
     torch.manual_seed(seed)
-    modules = torch.nn.ModuleDict({"tower": make_tower(), "heads": make_heads(VISION_WIDTH)}).to(device)
+    modules = torch.nn.ModuleDict({"tower": make_tower(family), "heads": make_heads(VISION_WIDTH)}).to(device)
 
     def step_loss(indices, step, random):
         pixels, labels = batch_of("train", indices, preprocess, device)

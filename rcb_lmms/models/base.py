@@ -146,9 +146,8 @@ class PrunedModel(lmms):
                 loaded[index] = question.load(self.family)
             except Exception as error:
                 answers[index] = self._failed(question, error)
-        images = [image for _, own in loaded.values() for image in own]
-        keys = [self.family.key(image) for image in images]
-        packed = iter(self.encoder.packed(images, keys, pruner))
+        visuals = [visual for _, own in loaded.values() for visual in own]
+        packed = iter(self.encoder.packed(visuals, pruner))
         prompts = {
             index: self.family.embed(self.family.chat(messages), list(itertools.islice(packed, len(own))))
             for index, (messages, own) in loaded.items()

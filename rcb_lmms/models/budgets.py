@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rcb_lmms import calibrate
 from rcb_lmms.models.processes import gather
@@ -12,8 +12,7 @@ from rcb_lmms.models.questions import Question
 from rcb_lmms.pruners.base import Pruner
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from rcb_lmms.families.images import Visual
     from rcb_lmms.models.arguments import Target
     from rcb_lmms.models.base import PrunedModel
 
@@ -27,7 +26,7 @@ def calibrate_requests(
         The fitted method, the record, and whether it came from the cache.
     """
     own = [question for question in questions if not question.padding]
-    keys = [_keys(model, question) for question in own]
+    keys = [[visual.key for visual in _opened(model, question)] for question in own]
     weights = Counter(key for of_question in keys for key in of_question)
     identity = {
         "task": task,
@@ -43,7 +42,7 @@ def calibrate_requests(
     if all(gather((record := calibrate.cached(identity)) is not None)):
         return calibrate.with_parameters(pruner, record.fitted), record, True
     baselines = {} if target.baseline is None else {"baseline": target.baseline}
-    scores = calibrate.score_pass(model.encoder, {"method": pruner}, baselines, _images(model, own, keys), weights)
+    scores = calibrate.score_pass(model.encoder, {"method": pruner}, baselines, _visuals(model, own, keys), weights)
     scores = calibrate.ScorePass().merge(gather(scores))
     if target.baseline is not None:
         tokens = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])
@@ -55,11 +54,7 @@ def calibrate_requests(
     return fitted, record, False
 
 
-def _keys(model: PrunedModel, question: Question) -> list[str]:
-    return [model.family.key(image) for image in _opened(model, question)]
-
-
-def _opened(model: PrunedModel, question: Question) -> list[Any]:
+def _opened(model: PrunedModel, question: Question) -> list[Visual]:
     try:
         return question.load(model.family)[1]
     except Exception:
@@ -67,12 +62,12 @@ def _opened(model: PrunedModel, question: Question) -> list[Any]:
         return []
 
 
-def _images(model: PrunedModel, questions: list[Question], keys: list[list[str]]) -> Iterator[tuple[str, Image]]:
-    """Each distinct image once, opened again when its turn comes: a benchmark does not fit into memory."""
+def _visuals(model: PrunedModel, questions: list[Question], keys: list[list[str]]) -> Iterator[Visual]:
+    """Each distinct visual once, opened again when its turn comes: a benchmark does not fit into memory."""
     seen: set[str] = set()
     for question, of_question in zip(questions, keys, strict=True):
         if not seen.issuperset(of_question):
-            for key, image in zip(of_question, _opened(model, question), strict=True):
-                if key not in seen:
-                    seen.add(key)
-                    yield key, image
+            for visual in _opened(model, question):
+                if visual.key not in seen:
+                    seen.add(visual.key)
+                    yield visual

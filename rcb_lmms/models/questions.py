@@ -7,7 +7,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family, interleave
-from rcb_lmms.families.images import whole_images_only
+from rcb_lmms.families.images import Visual, whole_images_only
 
 # Argument -> whether it reaches `generate`. The others are honoured elsewhere, or are other models' business that
 # stock tasks carry (seedbench's image_aspect_ratio).
@@ -90,7 +90,7 @@ class Question:
         """Whether lmms-eval added this copy only to give every process the same number of requests."""
         return bool((self.request.metadata or {}).get("__padding_only__"))
 
-    def load(self, family: Family) -> tuple[list[dict[str, Any]], list[Any]]:
+    def load(self, family: Family) -> tuple[list[dict[str, Any]], list[Visual]]:
         """Chat messages with image marks in place, and the opened images in their order.
 
         Raises:
@@ -112,7 +112,7 @@ class Question:
                 )
             own = [family.open(item["url"]) for item in content if item["type"] == "image"]
             text = "\n".join(item["text"] for item in content if item["type"] == "text")
-            messages.append({"role": message["role"], "content": interleave(text, len(own))})
+            messages.append({"role": message["role"], "content": interleave(text, ["image"] * len(own))})
             images += own
         return messages, images
 

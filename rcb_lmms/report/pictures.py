@@ -119,7 +119,7 @@ def _kept_in_decoder(family: Family, pruner: FastV, view: VisualTokens, question
 
     from rcb_lmms.engine import prune_at_layer
 
-    prompt = family.embed(family.prompt(question), [view.features])
+    prompt = family.embed(family.prompt(question), [family.pack_base(view.features)])
     ((start, stop),) = prompt.spans
     rank = pruner.rank(stop - start, family.layers)
     with (
