@@ -90,6 +90,8 @@ class Family(ABC):
         options: keyword arguments of the class that only this family has; they are model_args of its entries.
         provides: optional fields of `VisualTokens` its tower can fill in.
         several: role of each image when a prompt has more than one.
+        tower_batch: views per call of the vision tower, whose memory it bounds; an instance's is halved when memory
+            runs out.
         single_repeats: copies of one visual token in the single-token experiment (paper 7.2).
         pad_token_id: row of the embedding table that stands for "nothing" when tokens are ablated.
     """
@@ -103,6 +105,7 @@ class Family(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
     several: ClassVar[str] = "image"
+    tower_batch: int = 16
     single_repeats: ClassVar[int] = 1
     pad_token_id: ClassVar[int] = 0
 
