@@ -15,28 +15,41 @@ TEMPLATE = (
     "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIDE_PX,
+    "patch_size": PATCH_PX,
+    "projection_dim": 32,
+    "initializer_range": 0.3,
+}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
 
 
-def save_llava(folder: Path) -> Path:
+def build_tokenizer():
+    """Bytes and five special tokens: `<unk>`, `<s>`, `</s>`, `<pad>` and, as id 4, `<image>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
     words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",
@@ -44,45 +57,39 @@ def save_llava(folder: Path) -> Path:
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
+
+
+def save_llava(folder: Path) -> Path:
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
     side = {"height": SIDE_PX, "width": SIDE_PX}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE_PX}, crop_size=side),
-        tokenizer=fast,
+        tokenizer=tokenizer,
         patch_size=PATCH_PX,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE_PX,
-            patch_size=PATCH_PX,
-            projection_dim=32,
-            initializer_range=0.3,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        ),
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
         image_token_id=4,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     model = LlavaForConditionalGeneration(config)
     # Every second token ends an answer, so that random answers are short.
-    model.generation_config.eos_token_id = [2, *range(5, len(words), 2)]
+    model.generation_config.eos_token_id = [2, *range(5, len(tokenizer), 2)]
     model.generation_config.pad_token_id = 3
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -12,7 +12,10 @@ from rcb_lmms.families.base import Family, PackedImage, Prompt
 __all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_family"]
 
 # Dotted paths, so that listing families imports no model.
-FAMILIES = {"llava": "rcb_lmms.families.llava.Llava"}
+FAMILIES = {
+    "llava": "rcb_lmms.families.llava.Llava",
+    "llava_next": "rcb_lmms.families.llava_next.LlavaNext",
+}
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -49,6 +52,7 @@ def load_family(
     attn_implementation: str = "sdpa",
     preprocess: str | None = None,
     template: str = "checkpoint",
+    **own: Any,
 ) -> Family:
     """Load a checkpoint as its family.
 
@@ -60,6 +64,7 @@ def load_family(
         preprocess: one of the family's presets, by default the paper's.
         template: `checkpoint`, or another of the family's chat templates.
         dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
+        own: options that only this family has (`Family.options`).
 
     Raises:
         UserError: no such checkpoint, another architecture, or an unknown choice.
@@ -89,6 +94,7 @@ def load_family(
         fingerprint=_fingerprint(path, config),
         preprocess=preprocess,
         template=template,
+        **own,
     )
 
 

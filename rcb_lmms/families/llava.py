@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from rcb_lmms.families.base import Family
+from rcb_lmms.families.clip import ClipFamily
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
 from rcb_lmms.pruners.base import VisualTokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 # The system prompt of the original code base, which the public checkpoint's own template leaves out.
 VICUNA = (
@@ -23,7 +22,7 @@ VICUNA = (
 )
 
 
-class Llava(Family):
+class Llava(ClipFamily):
     """LLaVA-1.5.
 
     Preprocessing presets: `rcb` resizes the short side and crops the centre, as the paper's evaluation did and the
@@ -36,14 +35,6 @@ class Llava(Family):
     codebook = "llava-1.5-7b"
     preprocessing = ("rcb", "pad")
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
-    provides = frozenset({"encoder_features", "keys", "cls_attention", "cls_similarity"})
-
-    def __init__(self, model: Any, processor: Any, **options: Any):
-        super().__init__(model, processor, **options)
-        vision = model.config.vision_config
-        self.grid = (vision.image_size // vision.patch_size,) * 2
-        # Towers with a CLS token have one more position than patches; SigLIP has none.
-        self.has_cls = model.config.vision_feature_select_strategy == "default"
 
     def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
         import torch
@@ -55,42 +46,12 @@ class Llava(Family):
             output = self.model.get_image_features(
                 pixels["pixel_values"].to(self.device, self.dtype), output_hidden_states=True, return_dict=True
             )
-            hidden = output.hidden_states[self.model.config.vision_feature_layer]  # (b, 1 + n, c) with CLS
-            extras = self._extras(hidden, needs) if self.has_cls else {}
-            if "encoder_features" in needs:
-                extras["encoder_features"] = hidden[:, 1:] if self.has_cls else hidden
+            hidden = output.hidden_states[self.model.config.vision_feature_layer]
+            fields = self.tower_fields(hidden, needs)
         return [
-            [VisualTokens(features, self.grid, key=visual.key, **{name: rows[i] for name, rows in extras.items()})]
+            [VisualTokens(features, self.grid, key=visual.key, **{name: rows[i] for name, rows in fields.items()})]
             for i, (visual, features) in enumerate(zip(visuals, output.pooler_output, strict=True))
         ]
-
-    def _extras(self, hidden: Tensor, needs: set[str]) -> dict[str, Tensor]:
-        """What CLS-based methods read, from the layer the projector reads, `hidden (b, 1 + n, c)`."""
-        import torch
-
-        from rcb_lmms.pruners.prumerge import cls_attention_from
-
-        extras = {}
-        if "cls_similarity" in needs:
-            extras["cls_similarity"] = torch.cosine_similarity(hidden[:, 1:].float(), hidden[:, :1].float(), dim=-1)
-        if needs & {"keys", "cls_attention"}:
-            # The last block is fed its own input again: its projections equal what hooks on it would have seen.
-            block = self.model.model.vision_tower.encoder.layers[-1]
-            normed = block.layer_norm1(hidden)
-            keys = block.self_attn.k_proj(normed)
-            queries = block.self_attn.q_proj(normed[:, 0])
-            extras["keys"] = keys[:, 1:]
-            extras["cls_attention"] = torch.stack(
-                [cls_attention_from(query, key) for query, key in zip(queries, keys, strict=True)]
-            )
-        return extras
-
-    def project(self, encoder_features: Tensor) -> Tensor:
-        """See `Family.project`."""
-        import torch
-
-        with torch.inference_mode():
-            return self.model.model.multi_modal_projector(encoder_features)
 
     def _prepare(self, image: Image) -> Image:
         if self.preprocess == "pad":
