@@ -13,6 +13,8 @@ from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
     from torch import Tensor
 
@@ -119,7 +121,10 @@ class Family(ABC):
         preprocess: str | None = None,
         template: str = "checkpoint",
     ):
+        from rcb_lmms.families.video import VideoReader
+
         self.model, self.processor = model, processor
+        self.reader = VideoReader()
         self.tokenizer = processor.tokenizer
         self.pretrained, self.fingerprint = pretrained, fingerprint
         self.revision = getattr(model.config, "_commit_hash", None)
@@ -214,6 +219,19 @@ class Family(ABC):
             UserError: it cannot be read.
         """
         return Visual((as_rgb(image),), role)
+
+    def open_video(self, path: str | Path, start: float | None = None, end: float | None = None) -> list[Visual]:
+        """A video ready for `encode`, one visual per placeholder: here every frame is an image of one view.
+
+        Args:
+            path: a file, or a folder of frames.
+            start: seconds, `None` for the beginning.
+            end: seconds, `None` for the end.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return [Visual((frame,), "base") for frame in self.reader.read(path, start, end)]
 
     # Prompts
 
