@@ -15,6 +15,7 @@ __all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_
 FAMILIES = {
     "llava": "rcb_lmms.families.llava.Llava",
     "llava_next": "rcb_lmms.families.llava_next.LlavaNext",
+    "llava_onevision": "rcb_lmms.families.llava_onevision.LlavaOnevision",
 }
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -70,7 +71,7 @@ def load_family(
         UserError: no such checkpoint, another architecture, or an unknown choice.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
     path, options = _locate(pretrained, family or "llava")
@@ -83,8 +84,10 @@ def load_family(
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=_dtype(dtype, device), attn_implementation=attn_implementation, **options
         )
+        # A backend named here would be asked of the video processor too, which has torchvision's only.
+        processor = AutoProcessor.from_pretrained(path, **options)
         # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
-        processor = AutoProcessor.from_pretrained(path, backend="pil", **options)
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
     except (OSError, ValueError) as error:
         raise _unloadable(pretrained, error) from error
     return chosen(

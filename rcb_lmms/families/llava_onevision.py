@@ -1,0 +1,147 @@
+"""LLaVA-OneVision on `LlavaOnevisionForConditionalGeneration`: one image in tiles, several images, video.
+
+Newlines, which are never pruned and never counted as visual tokens, by the option `pack`:
+
+| pack          | one image: base view and tiles                      | base view alone       | video               |
+|---------------|-----------------------------------------------------|-----------------------|---------------------|
+| flat          | no newline                                          | no newline            | one at the very end |
+| flat_newline  | one newline behind the last tile                    | one newline behind it | one at the very end |
+| spatial_unpad | padding cut off, many tiles shrunk, newline per row | one newline behind it | one at the very end |
+| auto          | as flat                                             | one newline behind it | one at the very end |
+
+`spatial_unpad` is the Hugging Face model's own packing and needs whole views.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rcb_lmms.families.base import Family, Rows, choose
+from rcb_lmms.families.images import Visual, pad_to_square
+from rcb_lmms.families.tiles import PACKINGS, by_policy, flat
+from rcb_lmms.pruners.base import VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The prompt of the original code base (`qwen_1_5`); the public checkpoint's own template has no system prompt.
+CHATML = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% for item in message.content %}"
+    "{{ item.text if item.type == 'text' else '<' + item.type + '>\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class LlavaOnevision(Family):
+    """LLaVA-OneVision.
+
+    One image is a base view (stretched to a square) and its tiles row by row, each of several images a base view, a
+    video a base view per frame, pooled to half the side behind the projector. Frames are stretched by the Hugging
+    Face video processor. Pruning acts on each view; in a video on the pooled tokens.
+
+    Preprocessing presets, which differ for each of several images only: `rcb` stretches it to a square, as the
+    paper's evaluation; `native` pads it to a square of the mean colour, as the Hugging Face processor.
+
+    Args:
+        model: the Hugging Face model.
+        processor: its processor.
+        split: cut a single image into tiles; `False` sees it in its base view alone.
+        pack: how views become one sequence, see the module.
+        options: see `Family`.
+    """
+
+    name = "llava_onevision"
+    model_type = "llava_onevision"
+    checkpoint = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    codebook = "llava-onevision-qwen2-7b"
+    preprocessing = ("rcb", "native")
+    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "qwen": CHATML}
+    options = ("split", "pack")
+    several = "base"
+    single_repeats = 27
+    pad_token_id = 151643  # <|endoftext|>
+
+    def __init__(self, model: Any, processor: Any, *, split: bool = True, pack: str = "auto", **options: Any):
+        super().__init__(model, processor, **options)
+        self.split, self.packing = split, choose("pack", pack, PACKINGS)
+        if self.pad_token_id >= model.get_input_embeddings().num_embeddings:
+            # Not Qwen's vocabulary; the laboratory's keeps its empty slot where the other families have theirs.
+            self.pad_token_id = Family.pad_token_id
+        vision = model.config.vision_config
+        self.side_px = vision.image_size
+        self.grid = (vision.image_size // vision.patch_size,) * 2
+        self.pooled_grid = (-(-self.grid[0] // 2),) * 2
+
+    def open_video(self, path: str | Path, start: float | None = None, end: float | None = None) -> list[Visual]:
+        """One visual of all frames; see `Family.open_video`."""
+        return [Visual(self.reader.read(path, start, end), "video")]
+
+    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+        import torch
+
+        encoded: list[list[Tensor]] = [[] for _ in visuals]
+        pixels = ((own, view) for own, visual in zip(encoded, visuals, strict=True) for view in self._pixels(visual))
+        with torch.inference_mode():
+            while chunk := list(itertools.islice(pixels, self.tower_batch)):
+                batch = torch.stack([view for _, view in chunk]).to(self.device, self.dtype)
+                output = self.model.model.vision_tower(batch, output_hidden_states=True)
+                hidden = output.hidden_states[self.model.config.vision_feature_layer]
+                for (own, _), rows in zip(chunk, hidden, strict=True):
+                    own.append(rows)
+            return [self._views(visual, torch.stack(own), needs) for visual, own in zip(visuals, encoded, strict=True)]
+
+    def _views(self, visual: Visual, hidden: Tensor, needs: set[str]) -> list[VisualTokens]:
+        """Views of one visual from its tower features `(v, n, c)`.
+
+        Pooling stands behind the projector, so that a frame's tokens have no encoder features.
+        """
+        tokens, grid = self.project(hidden), self.grid
+        encoder = hidden if "encoder_features" in needs and visual.role != "video" else [None] * len(hidden)
+        if visual.role == "video":
+            tokens, grid = self.model.model.apply_pooling(tokens), self.pooled_grid
+        keys = [visual.key] if len(tokens) == 1 else [f"{visual.key}-{number}" for number in range(len(tokens))]
+        return [
+            VisualTokens(features, grid, encoder_features=rows, key=key)
+            for features, rows, key in zip(tokens, encoder, keys, strict=True)
+        ]
+
+    def _pixels(self, visual: Visual) -> Tensor:
+        """Pixels of a visual's views, base view first, `(v, 3, side, side)`."""
+        import numpy as np
+
+        if visual.role == "video":
+            frames = np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in visual.frames])
+            return self.processor.video_processor([frames], return_tensors="pt")["pixel_values_videos"][0]
+        processor, image = self.processor.image_processor, visual.image
+        if self.split and visual.role == "image":
+            return processor(image, return_tensors="pt")["pixel_values"][0]
+        if self.preprocess == "native" and visual.role == "base":
+            image = pad_to_square(image, tuple(int(255 * channel) for channel in processor.image_mean))
+        # The base view does not depend on the tiles: ask for one, the least there can be, and drop it.
+        only = processor(image, image_grid_pinpoints=[[self.side_px, self.side_px]], return_tensors="pt")
+        return only["pixel_values"][0, :1]
+
+    def project(self, encoder_features: Tensor) -> Tensor:
+        """See `Family.project`."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.model.multi_modal_projector(encoder_features)
+
+    def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
+        """See `Family.pack`; newlines are described in the module."""
+        model = self.model.model
+        newline = model.image_newline.detach()
+        if visual is not None and visual.role == "video":
+            return flat(views, newline)
+
+        def unpad(stacked: Tensor, newline: Tensor) -> Tensor:
+            size, ratio = visual.image.size[::-1], self.model.config.vision_aspect_ratio
+            return model.pack_image_features([stacked], [size], newline, vision_aspect_ratio=ratio)[0][0]
+
+        return by_policy(self.packing, views, newline, unpad, whole=whole)
