@@ -27,9 +27,6 @@ from rcb_lmms.pruners.base import VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bounds the memory of the tower, whose hidden states of all layers are held at once.
-VIEWS_PER_CALL = 16
-
 # The system prompt of the original code base, in the Llama-3 format.
 LLAMA_3 = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
@@ -66,6 +63,7 @@ class LlavaNext(ClipFamily):
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "llama_3": LLAMA_3}
     options = ("split", "pack")
     single_repeats = 24
+    pad_token_id = 0  # "!" in Llama-3's vocabulary, and still the row that the released experiments used
 
     def __init__(self, model: Any, processor: Any, *, split: bool = True, pack: str = "auto", **options: Any):
         super().__init__(model, processor, **options)
@@ -80,7 +78,7 @@ class LlavaNext(ClipFamily):
             for visual, own in zip(visuals, pixels, strict=True)
             for number in range(len(own))
         ]
-        chunks = torch.cat(pixels).split(VIEWS_PER_CALL)
+        chunks = torch.cat(pixels).split(self.tower_batch)
         tokens = [part for chunk in chunks for part in self._tokens(chunk, needs)]
         views = iter([VisualTokens(grid=self.grid, key=key, **own) for key, own in zip(keys, tokens, strict=True)])
         return [[next(views) for _ in own] for own in pixels]
