@@ -7,36 +7,24 @@ along, it would smear the objects over all tokens and the background alone would
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 
+from rcb_lmms.lab import examples
+from rcb_lmms.lab.choices import LETTERS
+from rcb_lmms.lab.examples import Example
 from rcb_lmms.lab.packing import Packed, Prompted, pack
-from rcb_lmms.lab.questions import (
-    KINDS_OF_QUESTION,
-    ONE_WORD_SUFFIX,
-    PHRASE_SUFFIX,
-    YES_NO_SUFFIX,
-    Question,
-    blind,
-    caption,
-    probe,
-)
-from rcb_lmms.lab.scenes import GRID, Scene, make_scene
-from rcb_lmms.lab.tower import patch_labels
+from rcb_lmms.lab.questions import Question, plural
+from rcb_lmms.lab.scenes import COLOURS, GRID, KINDS
+from rcb_lmms.lab.views import NEWLINE, TEXT, View, make_view, objects_of
+
+__all__ = ["FeaturePool", "Wording", "answer_loss", "draw_examples", "make_view", "naming_loss", "pack_views"]
 
 TOKENS = GRID * GRID
-# Scenes that go through the tower together when features are first asked for.
+# Pictures that go through the tower together when features are first asked for.
 CHUNK = 64
-# How often a pair of questions of each kind is drawn; probe and caption are drawn per scene instead.
-_KIND_WEIGHTS = {
-    "pope": 0.13, "existence": 0.02, "color": 0.07, "count": 0.14, "position": 0.20, "side": 0.12, "OCR": 0.05,
-    "open": 0.07, "where": 0.20,
-}  # fmt: skip
-_SUFFIX_WEIGHTS = {PHRASE_SUFFIX: 0.25, ONE_WORD_SUFFIX: 0.1, YES_NO_SUFFIX: 0.1, "": 0.55}
-_OPPOSITES = (("left", "right"), ("top", "bottom"), ("above", "below"))
+_OPPOSITES = (("left", "right"), ("top", "bottom"), ("above", "below"), ("up", "down"))
 _THINNED = (96, 72, 48, 36, 36, 28, 28, 20, 16, 8, 1)
 
 
@@ -48,9 +36,23 @@ class Wording:
         self._encode = functools.lru_cache(50_000)(self._encode_text)
         self.prefix = [tokenizer.bos_token_id, *self._encode("USER: ")]
         self.pad = tokenizer.pad_token_id
+        self.nouns = {self.word(form): noun for noun in (*KINDS, "object") for form in (noun, plural(noun))}
+        self.colours = {self.word(colour): colour for colour in COLOURS}
+        self.before_letter = {self.text("\n")[0], self.text("(")[0]}
+        self.after_letter = {self.text(".")[0], self.text(")")[0]}
+        self.line_ends = {self.text("\n")[0]}
+        self._bare = {letter: self.text(letter)[0] for letter in LETTERS}
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a text as it is."""
+        return [*self._encode(text)] if text else []
+
+    def bare(self, letter: str) -> int:
+        """The token of an option's letter, which no space precedes."""
+        return self._bare[letter]
 
     def word(self, word: str) -> int:
         """The token of a word that follows a space."""
@@ -59,90 +61,53 @@ class Wording:
     def __call__(self, question: Question, suffix: str = "") -> Prompted:
         """Tokens of the turn from after the image to the end of the answer."""
         prompt = [*self._encode("\n"), *self._encode(f"{question.text}{suffix} ASSISTANT:")]
-        return Prompted(prompt, [*self._encode(f" {question.answer}"), self._tokenizer.eos_token_id])
+        answer = [*self._encode(f" {question.answer}"), self._tokenizer.eos_token_id]
+        return Prompted(prompt, answer, question.kind)
 
 
 class FeaturePool:
-    """Tower features of scenes, computed once in chunks and kept in half precision."""
+    """Tower features of pictures, computed once in chunks of neighbours and kept in half precision.
 
-    def __init__(self, tower, split: str, first: int = 0, device: str = "cpu"):
-        self._tower, self._split, self._first, self._device = tower, split, first, device
-        self._chunks: dict[int, np.ndarray] = {}
+    Chunks do not depend on what is asked for first, so that a resumed training sees the same numbers.
+    """
 
-    def scene(self, index: int) -> Scene:
-        """The scene number `index` of the pool."""
-        return make_scene(self._split, self._first + index)
+    def __init__(self, tower, device: str = "cpu"):
+        self._tower, self._device = tower, device
+        self._known: dict[tuple, np.ndarray] = {}
 
-    def features(self, index: int) -> np.ndarray:
-        """What the projector reads of that scene, `(144, width)` float16."""
-        number, offset = divmod(index, CHUNK)
-        if number not in self._chunks:
-            self._chunks[number] = self._compute(range(number * CHUNK, (number + 1) * CHUNK))
-        return self._chunks[number][offset]
+    def features(self, example: Example) -> np.ndarray:
+        """What the projector reads of each panel, `(p, 144, width)` float16."""
+        if not all(key in self._known for key in example.keys):
+            for key in _neighbours(example):
+                self._known.setdefault(key, None)
+            missing = [key for key, value in self._known.items() if value is None]
+            for first in range(0, len(missing), CHUNK):
+                part = missing[first : first + CHUNK]
+                self._known |= zip(part, self._compute(part), strict=True)
+        return np.stack([self._known[key] for key in example.keys])
 
-    def _compute(self, indices) -> np.ndarray:
+    def _compute(self, keys: list[tuple]) -> np.ndarray:
         import torch
 
         from rcb_lmms.lab.checkpoint import preprocess, read_tower
 
-        pixels = preprocess(np.stack([self.scene(index).pixels() for index in indices])).to(self._device)
+        pixels = preprocess(np.stack([examples.pixels_of(key) for key in keys])).to(self._device)
         with torch.no_grad():
             return read_tower(self._tower, pixels)[0].to(torch.float16).cpu().numpy()
 
 
-@dataclass(frozen=True)
-class View:
-    """A scene as one training example sees it: indices of kept tokens, which of those are blanked, what is asked."""
-
-    scene: Scene
-    kept: np.ndarray
-    blanked: np.ndarray
-    questions: list[Prompted]
-
-
-def choose_tokens(owner: np.ndarray, count: int, random: np.random.Generator, early: bool) -> np.ndarray:
-    """Indices of `count` of the tokens, ascending: at random, objects first, or background first."""
-    order = random.random(TOKENS)
-    taste = random.random()
-    on_object = owner.ravel() >= 0
-    if taste < (0.8 if early else 0.4):
-        order -= on_object
-    elif taste > (1.0 if early else 0.9):
-        order += on_object
-    return np.sort(np.argsort(order, kind="stable")[:count])
-
-
-def make_view(scene: Scene, count: int, wording: Wording, random: np.random.Generator, progress: float) -> View:
-    """Draw what one training example keeps and asks; `progress` in [0, 1] goes from easy to everything.
-
-    Answers hold of what is visible, not of the whole scene: the truth about objects without tokens would only teach
-    the model to guess.
-    """
-    owner, taught = scene.patch_owner().ravel(), patch_labels(scene)["kind"] >= 0
-    kept = choose_tokens(owner, count, random, early=progress < 0.2)
-    blanked = random.random(len(kept)) < (random.choice([0.03, 0.1, 0.3]) if random.random() < 0.15 else 0)
-    shown = np.unique(owner[kept[~blanked & taught[kept]]])
-    visible = dataclasses.replace(scene, objects=tuple(scene.objects[index] for index in shown if index >= 0))
-    pairs = 5 if count > 8 else 3
-    asked = _ask(visible, pairs, random, progress) if visible.objects else blind(scene, random, pairs)
-    questions = [wording(question, _suffix(question, random)) for question in asked]
-    return View(scene, kept, blanked, questions)
-
-
-def _ask(scene: Scene, pairs: int, random: np.random.Generator, progress: float) -> list[Question]:
-    asked = probe(scene, random) if random.random() < 0.4 else []
-    for kind in random.choice(list(_KIND_WEIGHTS), size=pairs, p=list(_KIND_WEIGHTS.values())):
-        asked += KINDS_OF_QUESTION[str(kind)](scene, random)
-    if progress > 0.3 and random.random() < 0.12:
-        asked += caption(scene, random)
-    return asked or probe(scene, random)
-
-
-def _suffix(question: Question, random: np.random.Generator) -> str:
-    if question.kind in ("probe", "caption"):
-        return ""
-    suffix = str(random.choice(list(_SUFFIX_WEIGHTS), p=list(_SUFFIX_WEIGHTS.values())))
-    return PHRASE_SUFFIX if question.kind in ("open", "where") and suffix == YES_NO_SUFFIX else suffix
+def _neighbours(example: Example) -> list[tuple]:
+    """Names of the pictures that are computed together with an example's."""
+    if example.medium in ("video", "tiled") and len(example.keys[0]) > 2:
+        split, index, *rest = example.keys[0]
+        if rest[0] == "frame":
+            return [(split, index, "frame", number) for number in range(examples.FRAMES)]
+        return list(examples.large(split, index).keys)
+    return [
+        (split, number)
+        for split, index in example.keys
+        for number in range(index // CHUNK * CHUNK, (index // CHUNK + 1) * CHUNK)
+    ]
 
 
 def token_count(random: np.random.Generator, progress: float) -> int:
@@ -153,23 +118,70 @@ def token_count(random: np.random.Generator, progress: float) -> int:
     return TOKENS if random.random() < whole else int(random.choice(_THINNED))
 
 
+def draw_examples(family: str, split: str, indices, random: np.random.Generator, first: int = 0) -> list[Example]:
+    """Examples of one medium for a batch; `first` is the first plain scene that the tower was not trained on."""
+    if family == "llava":
+        return [examples.plain(split, first + int(index)) for index in indices]
+    if family == "llava_next":
+        tiles = random.random() < 0.75
+        return [examples.large(split, LARGE_FIRST + int(index) % LARGE_POOL, tiles) for index in indices]
+    medium = random.choice(["tiled", "several", "video"], p=[0.2, 0.45, 0.35])
+    if medium == "tiled":
+        return [examples.plain(split, first + int(index), panels=2) for index in indices]
+    if medium == "video":
+        frames = int(random.choice([4, 8, 16]))
+        return [examples.video(split, int(index) % VIDEO_POOL, frames) for index in indices]
+    neighbours = random.integers(0, CHUNK, (len(indices), int(random.integers(1, 4))))
+    return [
+        examples.several(split, [first + int(index), *(first + int(index) // CHUNK * CHUNK + other).tolist()])
+        for index, other in zip(indices, neighbours, strict=True)
+    ]
+
+
+# Large scenes the tower was not trained on, and pools small enough to be rendered in minutes.
+LARGE_FIRST, LARGE_POOL, VIDEO_POOL = 30_000, 1500, 600
+
+
 def pack_views(views: list[View], wording: Wording) -> Packed:
     """Lay the views out as one batch."""
-    return pack(wording.prefix, [len(v.kept) for v in views], [v.questions for v in views], wording.pad)
+    return pack(wording.prefix, [len(view) for view in views], [view.questions for view in views], wording.pad)
 
 
 def projected(model, views: list[View], features: list[np.ndarray]):
-    """Image tokens of the views after the projector, zero in blanked and unused slots, `(b, slots, d)`."""
+    """Rows of the views before the question, `(b, slots, d)`: visual tokens behind the projector, newlines and words.
+
+    Zero in blanked and unused slots. A pooled token is the mean of its sources behind the projector.
+    """
     import torch
 
-    slots = max(len(view.kept) for view in views)
-    raw = np.zeros((len(views), slots, features[0].shape[-1]), np.float32)
+    slots, spread = max(map(len, views)), views[0].sources.shape[1]
+    raw = np.zeros((len(views), slots, spread, features[0].shape[-1]), np.float32)
     alive = np.zeros((len(views), slots, 1), np.float32)
+    newline, words = np.zeros((len(views), slots, 1), np.float32), np.zeros((len(views), slots), np.int64)
     for row, view in enumerate(views):
-        raw[row, : len(view.kept)] = features[row][view.kept]
-        alive[row, : len(view.kept), 0] = ~view.blanked
-    device = model.device
-    return model.model.multi_modal_projector(torch.from_numpy(raw).to(device)) * torch.from_numpy(alive).to(device)
+        sight = view.panel >= 0
+        raw[row, : len(view)][sight] = features[row][view.panel[sight, None], view.sources[sight]]
+        alive[row, : len(view), 0] = sight & ~view.blanked
+        newline[row, : len(view), 0] = view.panel == NEWLINE
+        words[row, : len(view)] = np.where(view.panel == TEXT, view.words, 0)
+    alive, newline, words, raw = (torch.from_numpy(value).to(model.device) for value in (alive, newline, words, raw))
+    rows = model.model.multi_modal_projector(raw).mean(2) * alive
+    if newline.any():
+        rows = rows + newline * model.model.image_newline
+    # Row 0 of the embedding is zero, so that slots without a word add nothing.
+    return rows + model.get_input_embeddings()(words) if words.any() else rows
+
+
+def right_answers(model, hidden, packed: Packed, views: list[View]) -> list[tuple[str, bool]]:
+    """Kind of every question of a batch, and whether the first token of its answer is the likeliest."""
+    found = []
+    answers = model.lm_head(hidden).argmax(-1).cpu().numpy()
+    for row, view in enumerate(views):
+        answered = packed.weights[row] > 0
+        starts = np.flatnonzero(answered & ~np.roll(answered, 1))
+        for question, at in zip(view.questions, starts, strict=True):
+            found.append((question.kind, bool(answers[row, at] == question.answer[0])))
+    return found
 
 
 def answer_loss(model, hidden, packed: Packed):
@@ -196,14 +208,13 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
 
     rows, slots, words, places = [], [], [], []
     for row, view in enumerate(views):
-        owner, taught = view.scene.patch_owner().ravel(), patch_labels(view.scene)["kind"] >= 0
-        for slot in np.flatnonzero(~view.blanked & (owner[view.kept] >= 0) & taught[view.kept]):
-            item = view.scene.objects[owner[view.kept[slot]]]
+        for slot, item in objects_of(view):
             rows.append(row)
             slots.append(slot)
             name = item.kind if item.digit is None else str(item.digit)
             words.append([wording.word(word) for word in (item.colour, item.kind, name)])
-            places.append([view.kept[slot] % GRID, view.kept[slot] // GRID, view.kept[slot] // GRID])
+            column, line = view.places[slot]
+            places.append([column, line, line, line])
     if not rows:
         return features.sum() * 0
     chosen = random.permutation(len(rows))[:sample]

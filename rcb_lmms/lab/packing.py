@@ -15,10 +15,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Prompted:
-    """A question as tokens: its text from after the image to "ASSISTANT:", and its answer."""
+    """A question as tokens: its text from after the image to "ASSISTANT:", and its answer; and its kind."""
 
     prompt: list[int]
     answer: list[int]
+    kind: str = ""
 
 
 @dataclass(frozen=True)

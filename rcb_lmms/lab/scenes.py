@@ -9,6 +9,7 @@ and no scene (and no handwritten digit) of one split occurs in another:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -61,16 +62,17 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a texture, in the order they were placed."""
+    """Objects on a texture, in the order they were placed; `size` is (width, height) in pixels."""
 
     split: str
     index: int
     texture: str
     objects: tuple[SceneObject, ...]
+    size: tuple[int, int] = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
 
     def pixels(self) -> np.ndarray:
-        """The rendered scene, `(168, 168, 3)` uint8."""
-        canvas = _background(self.texture, _generator(self.split, self.index, "background"))
+        """The rendered scene, `(height, width, 3)` uint8."""
+        canvas = _background(self.texture, generator(self.split, self.index, "background"), self.size)
         for item in self.objects:
             left, top, right, bottom = item.box
             alpha = _alpha(item)[..., None]
@@ -85,25 +87,62 @@ class Scene:
         return Image.fromarray(self.pixels())
 
     def patch_owner(self) -> np.ndarray:
-        """Index of the object whose box overlaps each patch, `(12, 12)` int64, -1 for the background."""
-        owner = np.full((GRID, GRID), -1, np.int64)
+        """Index of the object whose box overlaps each patch, `(12, 12)` int64 (or larger), -1 for the background."""
+        owner = np.full((self.size[1] // PATCH_PX, self.size[0] // PATCH_PX), -1, np.int64)
         for number, item in enumerate(self.objects):
             left, top, right, bottom = item.box
             owner[top // PATCH_PX : -(-bottom // PATCH_PX), left // PATCH_PX : -(-right // PATCH_PX)] = number
         return owner
 
     def patch_coverage(self) -> np.ndarray:
-        """Fraction of each patch that an object's box covers, `(12, 12)` float32."""
-        covered = np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX), np.float32)
+        """Fraction of each patch that an object's box covers, `(12, 12)` float32 (or larger)."""
+        width, height = self.size
+        covered = np.zeros((height, width), np.float32)
         for item in self.objects:
             left, top, right, bottom = item.box
             covered[top:bottom, left:right] = 1
-        return covered.reshape(GRID, PATCH_PX, GRID, PATCH_PX).mean((1, 3))
+        return covered.reshape(height // PATCH_PX, PATCH_PX, width // PATCH_PX, PATCH_PX).mean((1, 3))
+
+    def views(self) -> list[Scene]:
+        """Base view and tiles as scenes of 168 x 168 px whose objects lie where they are seen; only for their labels.
+
+        An object that is not in a tile keeps its number there and gets an empty box.
+        """
+        width, height = self.size
+        scaled = [
+            dataclasses.replace(
+                item, box=tuple(round(v * IMAGE_SIZE_PX / s) for v, s in zip(item.box, self.size * 2, strict=True))
+            )
+            for item in self.objects
+        ]
+        views = [dataclasses.replace(self, objects=tuple(scaled), size=(IMAGE_SIZE_PX, IMAGE_SIZE_PX))]
+        for top in range(0, height, IMAGE_SIZE_PX):
+            for left in range(0, width, IMAGE_SIZE_PX):
+                inside = []
+                for item in self.objects:
+                    x0, y0, x1, y1 = item.box
+                    here = left <= x0 < left + IMAGE_SIZE_PX and top <= y0 < top + IMAGE_SIZE_PX
+                    box = (x0 - left, y0 - top, x1 - left, y1 - top) if here else (0, 0, 0, 0)
+                    inside.append(dataclasses.replace(item, box=box))
+                views.append(dataclasses.replace(views[0], objects=tuple(inside)))
+        return views
+
+    def panel_pixels(self) -> list[np.ndarray]:
+        """Base view and tiles as the image processor cuts them, each `(168, 168, 3)` uint8."""
+        from PIL import Image
+
+        whole, (width, height) = self.pixels(), self.size
+        base = Image.fromarray(whole).resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX), Image.Resampling.BICUBIC)
+        return [np.asarray(base)] + [
+            whole[top : top + IMAGE_SIZE_PX, left : left + IMAGE_SIZE_PX]
+            for top in range(0, height, IMAGE_SIZE_PX)
+            for left in range(0, width, IMAGE_SIZE_PX)
+        ]
 
 
 def make_scene(split: str, index: int) -> Scene:
     """The scene number `index` of a split ("train", "codebook", "test", or any other name)."""
-    random = _generator(split, index, "layout")
+    random = generator(split, index, "layout")
     boxes = _place(random, int(random.integers(1, 5)))
     # Scenes of few kinds are needed, or "how many circles" would nearly always be answered by one.
     kinds = random.permutation(SHAPES)[: 2 if random.random() < 0.4 else len(SHAPES)]
@@ -119,7 +158,42 @@ def make_scene(split: str, index: int) -> Scene:
     return Scene(split, index, str(random.choice(TEXTURES)), tuple(objects))
 
 
-def _generator(split: str, index: int, purpose: str) -> np.random.Generator:
+# Grids of tiles (columns, rows), those of LLaVA-NeXT.
+LARGE_GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3))
+# Sizes that a tile shows well and the base view, two or three times smaller, hardly.
+_SMALL_PX = (24, 40)
+# In the base view too, no patch touches two objects.
+_LARGE_GAP_PX = 30
+
+
+@functools.lru_cache(maxsize=4096)
+def make_large_scene(split: str, index: int) -> Scene:
+    """A scene of two to four tiles with one to five small objects, none of them cut by a tile's edge."""
+    random = generator(split, index, "large")
+    columns, rows = LARGE_GRIDS[random.integers(len(LARGE_GRIDS))]
+    size = (columns * IMAGE_SIZE_PX, rows * IMAGE_SIZE_PX)
+    boxes: list[tuple[int, int, int, int]] = []
+    wanted = int(random.integers(1, 6))
+    for _ in range(60):
+        side = int(random.integers(*_SMALL_PX))
+        corner = [
+            int(random.integers(tiles)) * IMAGE_SIZE_PX
+            + int(random.integers(_MARGIN_PX, IMAGE_SIZE_PX - side - _MARGIN_PX + 1))
+            for tiles in (columns, rows)
+        ]
+        box = (*corner, corner[0] + side, corner[1] + side)
+        # The base view shrinks long sides more, so the gap grows with them.
+        if all(apart(box, other, (_LARGE_GAP_PX * columns // 2, _LARGE_GAP_PX * rows // 2)) for other in boxes):
+            boxes.append(box)
+        if len(boxes) == wanted:
+            break
+    kinds = random.permutation(SHAPES)[: 3 if random.random() < 0.4 else len(SHAPES)]
+    objects = tuple(SceneObject(str(random.choice(kinds)), str(random.choice(list(COLOURS))), box) for box in boxes)
+    return Scene(split, index, str(random.choice(TEXTURES)), objects, size)
+
+
+def generator(split: str, index: int, purpose: str) -> np.random.Generator:
+    """Random numbers that depend on a scene and a purpose alone."""
     digest = hashlib.sha256(f"{split}/{index}/{purpose}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
@@ -131,16 +205,17 @@ def _place(random: np.random.Generator, count: int) -> list[tuple[int, int, int,
             size = int(random.integers(30, 43))
             left, top = (int(v) for v in random.integers(_MARGIN_PX, IMAGE_SIZE_PX - size - _MARGIN_PX + 1, 2))
             box = (left, top, left + size, top + size)
-            if all(_apart(box, other) for other in boxes):
+            if all(apart(box, other) for other in boxes):
                 boxes.append(box)
             if len(boxes) == count:
                 return boxes
 
 
-def _apart(one: tuple[int, int, int, int], two: tuple[int, int, int, int]) -> bool:
+def apart(one: tuple[int, ...], two: tuple[int, ...], gaps: tuple[int, int] = (_GAP_PX, _GAP_PX)) -> bool:
+    """Whether two boxes are `gaps` pixels apart in one of the two directions."""
     gap_x = max(one[0] - two[2], two[0] - one[2])
     gap_y = max(one[1] - two[3], two[1] - one[3])
-    return max(gap_x, gap_y) >= _GAP_PX
+    return gap_x >= gaps[0] or gap_y >= gaps[1]
 
 
 @functools.cache
@@ -160,13 +235,13 @@ def _pick_digit(split: str, random: np.random.Generator) -> tuple[int, int]:
 
 
 @functools.cache
-def _coordinates() -> np.ndarray:
-    return np.mgrid[:IMAGE_SIZE_PX, :IMAGE_SIZE_PX].astype(np.float32)
+def _coordinates(width: int, height: int) -> np.ndarray:
+    return np.mgrid[:height, :width].astype(np.float32)
 
 
-def _background(texture: str, random: np.random.Generator) -> np.ndarray:
-    """A grey, slightly tinted texture of low contrast, `(168, 168, 3)` float32 around 100 to 150."""
-    y, x = _coordinates()
+def _background(texture: str, random: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """A grey, slightly tinted texture of low contrast, `(height, width, 3)` float32 around 100 to 150."""
+    y, x = _coordinates(*size)
     base = random.uniform(105, 150) + random.uniform(-10, 10, 3)
     period, angle, phase = random.uniform(9, 30), random.uniform(0, np.pi), random.uniform(0, 6.28)
     along, across = x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)
@@ -180,7 +255,7 @@ def _background(texture: str, random: np.random.Generator) -> np.ndarray:
         "waves": lambda: np.sin(along * wave + 2 * np.sin(across * wave / 2) + phase),
     }[texture]()
     contrast = random.uniform(6, 13)
-    noise = 3 * random.standard_normal((IMAGE_SIZE_PX, IMAGE_SIZE_PX), np.float32)
+    noise = 3 * random.standard_normal(size[::-1], np.float32)
     return (base + (contrast * pattern + noise)[..., None]).astype(np.float32)
 
 

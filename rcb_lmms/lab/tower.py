@@ -12,14 +12,14 @@ import functools
 import numpy as np
 
 from rcb_lmms.lab.checkpoint import read_tower
-from rcb_lmms.lab.scenes import COLOURS, GRID, PATCH_PX, SHAPES, Scene, make_scene
+from rcb_lmms.lab.scenes import COLOURS, GRID, PATCH_PX, SHAPES, Scene, make_large_scene, make_scene
 
 # What a patch can show: a shape, one of ten digits, or (last) nothing.
 PATCH_KINDS = (*SHAPES, *(str(digit) for digit in range(10)))
 _BACKGROUND = len(PATCH_KINDS)
 _COLOUR_NAMES = tuple(COLOURS)
 # A patch that an object only grazes teaches neither the object nor the background.
-_GRAZED = 0.25
+GRAZED = 0.25
 _BACKGROUND_WEIGHT = 0.3
 
 
@@ -33,10 +33,17 @@ def make_heads(width: int):
 
 
 @functools.lru_cache(maxsize=30_000)
-def training_example(split: str, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pixels and labels of a scene; kept, since every scene is seen several times."""
-    scene = make_scene(split, index)
-    return scene.pixels(), patch_labels(scene)
+def training_example(split: str, index: int, tiled: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Pixels and labels of a scene, or of one panel of a large one; kept, since every scene is seen several times."""
+    if not tiled:
+        scene = make_scene(split, index)
+        return scene.pixels(), patch_labels(scene)
+    scene = make_large_scene(split, index)
+    views, panels = scene.views(), scene.panel_pixels()
+    # Most tiles are empty, and the base view is the harder one: it is every second panel.
+    chosen = [number for number, view in enumerate(views) if (view.patch_owner() >= 0).any()]
+    number = 0 if index % 2 else chosen[index // 2 % len(chosen)]
+    return panels[number], patch_labels(views[number])
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
@@ -47,9 +54,11 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     centre = np.full((GRID, GRID), -1, np.float32)
     contents = np.zeros(_BACKGROUND + len(COLOURS), np.float32)
     for number, item in enumerate(scene.objects):
+        if item.box[0] == item.box[2]:  # in another tile
+            continue
         name = item.kind if item.digit is None else str(item.digit)
         kind_label, colour_label = PATCH_KINDS.index(name), _COLOUR_NAMES.index(item.colour)
-        shown = (owner == number) & (coverage >= _GRAZED)
+        shown = (owner == number) & (coverage >= GRAZED)
         kind[shown], colour[shown] = kind_label, colour_label
         centre[owner == number] = 0
         x, y = item.centre
@@ -92,11 +101,14 @@ def tower_loss(tower, heads, pixel_values, labels):
     return loss, accuracy
 
 
-def batch_of(split: str, indices, preprocess, device):
-    """Stack scenes: `preprocess` maps uint8 `(b, 168, 168, 3)` to pixel values; labels become tensors."""
+def batch_of(split: str, indices, preprocess, device, tiled: int = 0):
+    """Stack scenes, of which `tiled` are panels of large ones; labels become tensors.
+
+    `preprocess` maps uint8 `(b, 168, 168, 3)` to pixel values.
+    """
     import torch
 
-    examples = [training_example(split, int(index)) for index in indices]
+    examples = [training_example(split, int(index), number < tiled) for number, index in enumerate(indices)]
     pixels = preprocess(np.stack([pixels for pixels, _ in examples]))
     labels = {name: torch.from_numpy(np.stack([row[name] for _, row in examples])) for name in examples[0][1]}
     return pixels.to(device), {name: value.to(device) for name, value in labels.items()}

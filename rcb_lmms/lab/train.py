@@ -71,7 +71,7 @@ def train(
             path.unlink(missing_ok=True)
     tower = train_tower(out, tower_stage, family=family, device=device, seed=seed)
     model, processor = train_language(
-        out, language_stage, tower, device=device, seed=seed, first_scene=tower_stage.pool
+        out, language_stage, tower, family=family, device=device, seed=seed, first_scene=tower_stage.pool
     )
     return save_checkpoint(model, processor, out)
 
@@ -139,51 +139,65 @@ def train_tower(out: Path, stage: Stage, *, family: str, device: str, seed: int)
     """The first stage; returns the trained tower."""
     import torch
 
-    from rcb_lmms.lab.checkpoint import VISION_WIDTH, make_tower, preprocess
+    from rcb_lmms.lab.checkpoint import VISION_WIDTH, make_tower, preprocess, starting_model
     from rcb_lmms.lab.tower import batch_of, make_heads, tower_loss
 
     torch.manual_seed(seed)
     modules = torch.nn.ModuleDict({"tower": make_tower(family), "heads": make_heads(VISION_WIDTH)}).to(device)
+    tiled = 0
+    if family == "llava_next":
+        # As the public families grew from each other: LLaVA-1.5's tower learns to see objects of half their size.
+        modules["tower"].load_state_dict(starting_model().model.vision_tower.state_dict())
+        tiled = stage.batch * 3 // 4
 
     def step_loss(indices, step, random):
-        pixels, labels = batch_of("train", indices, preprocess, device)
+        pixels, labels = batch_of("train", indices, preprocess, device, tiled)
         return tower_loss(modules["tower"], modules["heads"], pixels, labels)
 
     run_stage(stage, out, modules, step_loss, seed=seed)
     return modules["tower"].eval().requires_grad_(False)
 
 
-def train_language(out: Path, stage: Stage, tower, *, device: str, seed: int, first_scene: int):
+def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, seed: int, first_scene: int):
     """The second stage, on scenes the tower was not trained on; returns the whole model and its processor."""
     import torch
 
     from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
     from rcb_lmms.lab.packing import run_packed
+    from rcb_lmms.lab.pointing import NOUN_LAYER, OPTION_LAYER, Pointing
 
     torch.manual_seed(seed + 1)
-    processor = make_processor()
-    model = make_model(processor.tokenizer).to(device)
+    processor = make_processor(family)
+    model = make_model(processor.tokenizer, family).to(device)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     # Token 0 must stay the empty slot it is, although the tied head would like to push it away.
     model.get_input_embeddings().weight.register_hook(_without_token_zero)
-    wording = lab.Wording(processor.tokenizer)
-    pool = lab.FeaturePool(tower, "train", first_scene, device)
-    modules = torch.nn.ModuleDict({"projector": model.model.multi_modal_projector, "text": model.model.language_model})
+    wording, pool = lab.Wording(processor.tokenizer), lab.FeaturePool(tower, device)
+    text = model.model.language_model
+    nouns, options = Pointing(text, NOUN_LAYER), Pointing(text, OPTION_LAYER)
+    modules = torch.nn.ModuleDict({"projector": model.model.multi_modal_projector, "text": text})
+    if family != "llava":
+        modules["newline"] = torch.nn.ParameterList([model.model.image_newline])
 
     def step_loss(indices, step, random):
         progress = step / stage.steps
         count = lab.token_count(random, progress)
-        views = [lab.make_view(pool.scene(int(i)), count, wording, random, progress) for i in indices]
+        batch = lab.draw_examples(family, "train", indices, random, first_scene)
+        views = [lab.make_view(example, count, wording, random, progress) for example in batch]
         packed = lab.pack_views(views, wording)
-        features = lab.projected(model, views, [pool.features(int(i)) for i in indices])
+        features = lab.projected(model, views, [pool.features(example) for example in batch])
         loss, right = lab.answer_loss(model, run_packed(model, packed, features), packed)
         naming = lab.naming_loss(model, features, views, wording, random)
+        points = [view.points for view in views]
+        looks = {"nouns": nouns.loss(packed, points, "noun"), "options": options.loss(packed, points, "option")}
         figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
-        return loss + 0.2 * naming, figures
+        figures |= {name: value.item() for name, value in looks.items()}
+        return loss + 0.2 * (naming + looks["nouns"] + looks["options"]), figures
 
-    run_stage(stage, out, modules, step_loss, seed=seed, evaluate=_evaluator(model, tower, wording, device))
+    evaluate = _evaluator(family, model, lab.FeaturePool(tower, device), wording)
+    run_stage(stage, out, modules, step_loss, seed=seed, evaluate=evaluate)
     return model.eval(), processor
 
 
@@ -193,23 +207,29 @@ def _without_token_zero(gradient):
     return gradient
 
 
-def _evaluator(model, tower, wording, device: str):
-    """Accuracy on held-out scenes under a few controls, as a callable for the log."""
+def _evaluator(family: str, model, pool, wording):
+    """Accuracy on held-out examples by kind of question, unpruned and at a quarter, as a callable for the log."""
     import torch
 
-    from rcb_lmms.lab.check import score
-    from rcb_lmms.lab.language import FeaturePool
-
-    pool = FeaturePool(tower, "validation", device=device)
+    from rcb_lmms.lab import language as lab
+    from rcb_lmms.lab.packing import run_packed
 
     def evaluate() -> dict[str, dict[str, float]]:
-        raw = np.stack([pool.features(index) for index in range(EVALUATION_SCENES)])
-        examples = [pool.scene(index) for index in range(EVALUATION_SCENES)]
-        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
-            features = model.model.multi_modal_projector(torch.from_numpy(raw).to(device))
-            return {
-                control: {k: round(v, 3) for k, v in score(model, wording, examples, features, control).items()}
-                for control in ("unpruned", "background", "random 25%")
-            }
+        table = {}
+        for name, count in (("unpruned", lab.TOKENS), ("a quarter", lab.TOKENS // 4)):
+            found: dict[str, list[bool]] = {}
+            for first in range(0, EVALUATION_SCENES, 16):
+                random = np.random.default_rng(first)
+                indices = range(first, min(first + 16, EVALUATION_SCENES))
+                batch = lab.draw_examples(family, "validation", indices, random)
+                views = [lab.make_view(example, count, wording, random, 1.0) for example in batch]
+                packed = lab.pack_views(views, wording)
+                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+                    features = lab.projected(model, views, [pool.features(example) for example in batch])
+                    hidden = run_packed(model, packed, features)
+                    for kind, right in lab.right_answers(model, hidden, packed, views):
+                        found.setdefault(kind, []).append(right)
+            table[name] = {kind: round(float(np.mean(rights)), 3) for kind, rights in sorted(found.items())}
+        return table
 
     return evaluate
