@@ -74,8 +74,9 @@ class VideoReader:
     """Reads `max_frames` frames of a video file, or of a folder that holds its frames.
 
     Frames are counted in the order of display, so parts are equal in frames, and equal in time only if the frame rate
-    is constant; `start` and `end` are converted at the average rate. Display rotation is not applied. Only the chosen
-    frames are kept in memory. Backends differ by a few grey levels, since each converts colours in its own way.
+    is constant; `start` and `end` are converted at the average rate that the backend reports. Display rotation is not
+    applied. Only the chosen frames are kept in memory. A cut-off file is refused where its container lets that be
+    seen (MP4); others (Matroska, AVI) are read as far as they go.
 
     A folder is read in the order of its names, numbers by value (`2.jpg` before `10.jpg`), at 3 frames per second,
     counted from 1 and each frame once, as MVBench's evaluation does; the paper's code took whatever order the file
@@ -159,10 +160,10 @@ def _read_pyav(path: Path, chosen: Choice) -> tuple[Image, ...]:
             # Packets are counted without decoding them: the number in a container's header can be absent or wrong.
             count = sum(packet.size > 0 for packet in container.demux(stream))
         indices = chosen(count, fps)
-        frames, seen = _decode_pyav(path, set(indices))
-        if len(frames) < len(set(indices)):
+        frames, shown = _decode_pyav(path, set(indices))
+        if shown != count:
             # A video cut out of another one can begin or end with packets that show nothing.
-            indices = chosen(seen, fps)
+            indices = chosen(shown, fps)
             frames, _ = _decode_pyav(path, set(indices))
     except av.FFmpegError as error:
         raise _unreadable(path, str(error)) from error
@@ -170,19 +171,17 @@ def _read_pyav(path: Path, chosen: Choice) -> tuple[Image, ...]:
 
 
 def _decode_pyav(path: Path, wanted: set[int]) -> tuple[dict[int, Image], int]:
-    """The wanted frames by index, and how many were seen until the last of them or the end."""
+    """The wanted frames by index, and how many there are."""
     import av
 
-    frames, seen = {}, 0
+    frames, shown = {}, 0
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        for seen, frame in enumerate(container.decode(stream), 1):
-            if seen - 1 in wanted:
-                frames[seen - 1] = frame.to_image()
-            if len(frames) == len(wanted):
-                break
-    return frames, seen
+        for shown, frame in enumerate(container.decode(stream), 1):
+            if shown - 1 in wanted:
+                frames[shown - 1] = frame.to_image()
+    return frames, shown
 
 
 def _read_decord(path: Path, chosen: Choice) -> tuple[Image, ...]:
