@@ -52,14 +52,14 @@ class Budget:
         """As many as the method itself decides (PruMerge's outliers)."""
         return cls("adaptive")
 
-    def count(self, native: int) -> int:
-        """Tokens that stay of `native`.
+    def count(self, native: int, shares: int = 1) -> int:
+        """Tokens that stay of `native`, among which a number of tokens may be spent `shares` times.
 
         Raises:
             UserError: the budget exceeds `native`, rounds to nothing, or is no count at all.
         """
         if self.kind == "tokens":
-            count = int(self.value)
+            count = int(self.value) * shares
         elif self.kind == "ratio":
             count = round(native * self.value)
         else:
@@ -72,6 +72,19 @@ class Budget:
                 next_step=f"keep={min(max(count, 1), native)}, or a ratio",
             )
         return count
+
+    def split(self, parts: int) -> list[Budget]:
+        """Budgets of `parts` views that have this one together; the first views get what is left over.
+
+        Raises:
+            UserError: a number of tokens smaller than that of the views.
+        """
+        if self.kind != "tokens":
+            return [self] * parts
+        if self.value < parts:
+            raise _bad(f"{self} for one image", f"{parts} views of it", f"at least {parts}", f"keep={parts}")
+        even, left = divmod(int(self.value), parts)
+        return [Budget.tokens(even + (view < left)) for view in range(parts)]
 
     def __str__(self) -> str:
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"

@@ -1,6 +1,6 @@
 """Matched budgets: one vision-only pass, and the parameter with which a method retains as many tokens as another.
 
-The threshold for any budget is an order statistic of the pooled scores, each view weighted by how often it is asked
+The threshold for any budget is an order statistic of the pooled scores, each image weighted by how often it is asked
 about: no search loop, and no language model.
 """
 
@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.encoding import ImageEncoder, select
+from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.selection import compares_views, joined, select
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
-from rcb_lmms.pruners.base import Pruner, check_needs
+from rcb_lmms.pruners.base import Pruner, VisualTokens, check_needs
 from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -27,33 +28,49 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScorePass:
-    """What one pass over the images leaves behind, per view; mergeable between processes.
+    """What one pass over images and videos leaves behind, one entry for each; mergeable between processes.
 
     Attributes:
-        evidence: per name, one `(e,)` array per view: what `Pruner.fit` reads, or a baseline's count.
-        weights: questions asked about each view.
-        natives: visual tokens of each view.
+        evidence: per name and image, an `(e,)` array for each part of it that the method decides on its own: what
+            `Pruner.fit` reads, or a baseline's count.
+        weights: how often each image stands in a question.
+        natives: visual tokens of each image, all its views together.
+        views: of each image.
+        per: `view` or `image`: what a budget is spent on, and so what means are taken over.
     """
 
-    evidence: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    evidence: dict[str, list[list[np.ndarray]]] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
     natives: list[int] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
+    per: str = "view"
 
     def merge(self, others: Iterable[ScorePass]) -> ScorePass:
         """This pass and `others` as one; every process merges in the same order and gets the same result."""
-        merged = ScorePass()
+        merged = ScorePass(per=self.per)
         for part in (self, *others):
-            for name, arrays in part.evidence.items():
-                merged.evidence.setdefault(name, []).extend(arrays)
+            for name, groups in part.evidence.items():
+                merged.evidence.setdefault(name, []).extend(groups)
             merged.weights += part.weights
             merged.natives += part.natives
+            merged.views += part.views
         return merged
 
+    @property
+    def spent(self) -> list[int]:
+        """How often each image spends the budget."""
+        return self.views if self.per == "view" else [1] * len(self.views)
+
     def mean(self, counts: Iterable[float]) -> float:
-        """Weighted mean over views."""
+        """Mean per view (or image) over the questions, of counts per image."""
         import numpy as np
 
-        return float(np.average(np.fromiter(counts, float), weights=self.weights))
+        weights = np.asarray(self.weights, dtype=float)
+        return float(weights @ np.fromiter(counts, float) / (weights @ self.spent))
+
+    def baseline(self, name: str) -> float:
+        """A baseline's mean retained tokens per view (or image)."""
+        return self.mean(float(sum(counts[0] for counts in group)) for group in self.evidence[name])
 
 
 def score_pass(
@@ -63,45 +80,48 @@ def score_pass(
     visuals: Iterable[Visual],
     weights: Mapping[str, float],
 ) -> ScorePass:
-    """Run images through the vision tower once and keep what calibration needs of them.
+    """Run images and videos through the vision tower once and keep what calibration needs of them.
 
     Args:
         encoder: filled for the union of the pruners' needs.
         methods: whose evidence is kept, under these names, to be fitted.
         baselines: whose retained tokens are counted, under these names, to be matched.
         visuals: opened images and videos, each once.
-        weights: questions asked about each of them, by key.
+        weights: how often each of them stands in a question, by key.
     """
     import numpy as np
 
-    result = ScorePass({name: [] for name in (*methods, *baselines)})
-    batch: list[Visual] = []
-
-    def flush() -> None:
+    result = ScorePass({name: [] for name in (*methods, *baselines)}, per=encoder.per)
+    for batch in encoder.batches(visuals):
         for visual, views in zip(batch, encoder.views(batch), strict=True):
-            for view in views:
-                for name, pruner in methods.items():
-                    check_needs(view, pruner)
-                    result.evidence[name].append(pruner.evidence(view).float().cpu().numpy())
-                for name, pruner in baselines.items():
-                    (selection,) = select(pruner, [view])
-                    result.evidence[name].append(np.array([len(selection)], dtype=np.float32))
-                result.weights.append(weights[visual.key])
-                result.natives.append(len(view))
-        batch.clear()
-
-    for visual in visuals:
-        batch.append(visual)
-        if len(batch) >= encoder.batch_size:
-            flush()
-    if batch:
-        flush()
+            for name, pruner in methods.items():
+                result.evidence[name].append(_evidence(pruner, views, encoder.per))
+            for name, pruner in baselines.items():
+                kept = sum(map(len, select(pruner, views, encoder.per)))
+                result.evidence[name].append([np.array([kept], dtype=np.float32)])
+            result.weights.append(weights[visual.key])
+            result.natives.append(sum(map(len, views)))
+            result.views.append(len(views))
     return result
+
+
+def _evidence(pruner: Pruner, views: Sequence[VisualTokens], per: str) -> list[np.ndarray]:
+    """What `fit` reads of one image: an array for each part that `select` decides on its own."""
+    import numpy as np
+
+    for view in views:
+        check_needs(view, pruner)
+    together = per == "image" and len(views) > 1
+    parts = [joined(views)] if together and compares_views(pruner) else views
+    found = [pruner.evidence(part) for part in parts]
+    if found[0] is None:  # counts are exact: one for each time that a budget is spent
+        return [np.empty(0, dtype=np.float32)] * (1 if together else len(views))
+    return [array.float().cpu().numpy() for array in found]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was asked and what was achieved, in tokens per view averaged over the questions of a data set.
+    """What was asked and what was achieved, in tokens per view (or image) averaged over the questions of a data set.
 
     Attributes:
         method: registry name.
@@ -110,8 +130,10 @@ class Calibration:
         fitted: the parameter (`threshold` and `ties`, or `scale`).
         std, quantiles: of retained tokens over the views (quantiles 0, 5, 25, 50, 75, 95, 100 percent).
         native: mean visual tokens before pruning.
-        views, questions: how many.
+        views: how many different ones.
+        questions: about each image, added up: one about three images counts three times.
         data_hash: of the images and their weights.
+        per: `view` or `image`: what all these numbers are counted over.
     """
 
     method: str
@@ -124,6 +146,7 @@ class Calibration:
     views: int
     questions: float
     data_hash: str
+    per: str = "view"
 
 
 def data_hash(weights: Mapping[str, float]) -> str:
@@ -132,13 +155,13 @@ def data_hash(weights: Mapping[str, float]) -> str:
 
 
 def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) -> tuple[Pruner, Calibration]:
-    """The method fitted to a mean of `target` retained tokens per view, and the record of it.
+    """The method fitted to a mean of `target` retained tokens per view (or image), and the record of it.
 
     Args:
         pruner: a method with a threshold or a scale.
         scores: of a whole data set.
         name: under which `scores` holds the method's evidence.
-        target: tokens per view, averaged over the questions.
+        target: tokens per view, or per image if the scores are; averaged over the questions.
         data: hash of the data set, for the record.
 
     Raises:
@@ -149,26 +172,36 @@ def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) 
     native = scores.mean(scores.natives)
     if not 0 < target <= native:
         raise UserError(
-            wanted=f"a mean of {target:g} retained tokens per view",
-            found=f"views with {native:g} visual tokens on average",
+            wanted=f"a mean of {target:g} retained tokens per {scores.per}",
+            found=f"{scores.per}s with {native:g} visual tokens on average",
             allowed=f"means above 0, up to {native:g}",
             next_step="lower keep, or use the unpruned entry",
         )
-    evidence = scores.evidence[name]
-    fitted = pruner.fit(evidence, scores.weights, target)
-    counts = np.array([fitted.retained(array) for array in evidence], dtype=float)
-    achieved = scores.mean(counts)
+    groups = scores.evidence[name]
+    parts = np.array([len(group) for group in groups])
+    flat = [array for group in groups for array in group]
+    weights = np.asarray(scores.weights, dtype=float)
+    # The method is fitted over the parts it decides on; PruMerge decides view by view also where images are asked for.
+    shares = float((weights @ scores.spent) / (weights @ parts))
+    fitted = pruner.fit(flat, np.repeat(weights, parts).tolist(), target * shares)
+    counts = np.array([fitted.retained(array) for array in flat], dtype=float)
+    if scores.per == "image":
+        counts = np.add.reduceat(counts, np.cumsum(parts) - parts)
+    else:
+        weights = np.repeat(weights, parts)
+    achieved = float(np.average(counts, weights=weights))
     record = Calibration(
         method=pruner.name,
         target=target,
         achieved=achieved,
         fitted=parameters(fitted),
-        std=float(np.sqrt(scores.mean((counts - achieved) ** 2))),
+        std=float(np.sqrt(np.average((counts - achieved) ** 2, weights=weights))),
         quantiles=[float(q) for q in np.percentile(counts, [0, 5, 25, 50, 75, 95, 100])],
         native=native,
-        views=len(counts),
+        views=sum(scores.views),
         questions=float(sum(scores.weights)),
         data_hash=data,
+        per=scores.per,
     )
     return fitted, record
 
@@ -224,8 +257,11 @@ def calibrate_images(
     preprocess: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
+    **own: Any,
 ) -> dict[str, Any]:
     """RCB's threshold for a mean of `keep` tokens per view, or for a baseline's mean, over image files.
+
+    Options that only some families have (`split`) are passed on to `load_family`.
 
     Raises:
         UserError: an unreadable image, a missing codebook, or a budget the images cannot meet.
@@ -234,7 +270,7 @@ def calibrate_images(
     from rcb_lmms.families import default_codebook, load_family
     from rcb_lmms.pruners import make_pruner
 
-    family = load_family(pretrained, preprocess=preprocess, device=device, dtype=dtype)
+    family = load_family(pretrained, preprocess=preprocess, device=device, dtype=dtype, **own)
     pruner = make_pruner("rcb", codebook=codebook or default_codebook(family.name, pretrained))
     pruner.codebook.check_width(family.width, pretrained)
     baselines = {} if match is None else {"baseline": make_pruner(match, budget=Budget.adaptive())}
@@ -249,5 +285,5 @@ def calibrate_images(
 
     scores = score_pass(ImageEncoder(family, needs), {"method": pruner}, baselines, distinct(), weights)
     if match is not None:
-        keep = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])
+        keep = scores.baseline("baseline")
     return asdict(fit(pruner, scores, "method", keep, data_hash(weights))[1])

@@ -74,6 +74,7 @@ def calibrate(
     match: Annotated[str | None, typer.Option(help="Match a baseline instead: prumerge, prumerge_plus.")] = None,
     codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
     preprocess: Preprocess = None,
+    split: Annotated[bool | None, typer.Option(help="Tiles, or the base view alone, in families with tiles.")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the record here as JSON.")] = None,
@@ -90,6 +91,7 @@ def calibrate(
         preprocess=preprocess,
         device=device,
         dtype=dtype,
+        **({} if split is None else {"split": split}),
     )
     for name, value in record.items():
         typer.echo(f"{name:<10} {value}")

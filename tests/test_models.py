@@ -65,7 +65,8 @@ def test_manifests_name_classes_that_exist_and_import_no_torch():
         "sys.modules['lmms_eval.models.registry_v2'] = r;"
     )
     done = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=True)
-    ids = ["llava_fastv", "llava_full", "llava_prumerge", "llava_prumerge_plus", "llava_random", "llava_rcb"]
+    methods = ("fastv", "full", "prumerge", "prumerge_plus", "random", "rcb")
+    ids = sorted(f"{family}_{method}" for family in ("llava", "llava_next", "llava_onevision") for method in methods)
     assert done.stdout.strip() == f"{ids} []"
 
 
@@ -200,11 +201,11 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(evaluate, monke
 
     sizes, generate = [], base.generate
 
-    def tight(family, prompts, options, layer_pruner=None):
+    def tight(family, prompts, *rest):
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(family, prompts, options, layer_pruner)
+        return generate(family, prompts, *rest)
 
     _, calm = evaluate("llava_full", "calm")
     monkeypatch.setattr(base, "generate", tight)
@@ -219,10 +220,10 @@ def test_one_poisoned_prompt_does_not_take_its_batch_along(evaluate, monkeypatch
 
     generate = base.generate
 
-    def poisoned(family, prompts, options, layer_pruner=None):
+    def poisoned(family, prompts, *rest):
         if any(torch.isnan(prompt.embeds).any() for prompt in prompts):
             raise ValueError("not a number")
-        return generate(family, prompts, options, layer_pruner)
+        return generate(family, prompts, *rest)
 
     embed = base.load_family.__globals__["Family"].embed
     seen = []

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.engine.generation import out_of_memory
+from rcb_lmms.engine.selection import select
 from rcb_lmms.engine.store import ByteStore
 from rcb_lmms.families.base import Family, PackedImage
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
+from rcb_lmms.pruners.base import Pruner, VisualTokens
 
 if TYPE_CHECKING:
     from rcb_lmms.families.images import Visual
-
-logger = logging.getLogger(__name__)
 
 STORE_BYTES = 4 << 30
 
 
 class ImageEncoder:
-    """Encodes and prunes images, remembering both by content.
+    """Encodes and prunes images and videos, remembering both by content.
 
     Args:
         family: the loaded model.
         needs: optional fields of `VisualTokens` to fill in.
-        batch_size: images per vision-tower call; halved when memory runs out.
+        batch_size: images and video frames per call of the family; halved when memory runs out.
         store_bytes: bound on what is remembered.
+        per: `view` or `image`: what the pruner's budget is spent on.
     """
 
-    def __init__(self, family: Family, needs: frozenset[str], batch_size: int = 8, store_bytes: int = STORE_BYTES):
-        self.family, self.needs, self.batch_size = family, needs, batch_size
+    def __init__(
+        self,
+        family: Family,
+        needs: frozenset[str],
+        batch_size: int = 8,
+        store_bytes: int = STORE_BYTES,
+        per: str = "view",
+    ):
+        self.family, self.needs, self.batch_size, self.per = family, needs, batch_size, per
         self.encoded_images = 0
         self._views: ByteStore[list[VisualTokens]] = ByteStore(store_bytes)
         self._packed: ByteStore[PackedImage] = ByteStore(store_bytes)
@@ -40,52 +46,52 @@ class ImageEncoder:
     def views(self, visuals: Sequence[Visual]) -> list[list[VisualTokens]]:
         """Views of opened images and videos; equal ones are encoded once."""
         found = {visual.key: self._views.get(visual.key) for visual in visuals}
-        pending = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
-        while pending:
-            batch, pending = pending[: self.batch_size], pending[self.batch_size :]
+        pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
+        for batch in self.batches(pending.values()):
             for visual, views in zip(batch, self._encode(batch), strict=True):
                 found[visual.key] = views
                 self._views.put(visual.key, views, sum(map(_view_bytes, views)))
         return [found[visual.key] for visual in visuals]
 
+    def batches(self, visuals: Iterable[Visual]) -> Iterator[list[Visual]]:
+        """Runs of visuals with `batch_size` frames at most, an image having one; a longer video stands alone."""
+        batch: list[Visual] = []
+        for visual in visuals:
+            if batch and sum(len(other.frames) for other in (*batch, visual)) > self.batch_size:
+                yield batch
+                batch = []
+            batch.append(visual)
+        if batch:
+            yield batch
+
     def _encode(self, visuals: list[Visual]) -> list[list[VisualTokens]]:
         try:
             encoded = self.family.encode(visuals, self.needs)
         except (RuntimeError, MemoryError) as error:
-            if len(visuals) == 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-            self.batch_size = len(visuals) // 2
-            return self._encode(visuals[: self.batch_size]) + self._encode(visuals[self.batch_size :])
+            if len(visuals) > 1:
+                self.batch_size = max(1, sum(len(visual.frames) for visual in visuals) // 2)
+                middle = len(visuals) // 2
+                return self._encode(visuals[:middle]) + self._encode(visuals[middle:])
+            # One image of many tiles, or a video: the family takes them through its tower in smaller parts.
+            if self.family.tower_batch == 1:
+                raise
+            self.family.tower_batch //= 2
+            return self._encode(visuals)
         self.encoded_images += len(visuals)
         return encoded
 
     def packed(self, visuals: Sequence[Visual], pruner: Pruner) -> list[PackedImage]:
         """Pruned and packed images and videos; the pruner chooses once per visual."""
         name = id(self._pruners.setdefault(id(pruner), pruner))
-        missing = [visual for visual in visuals if (name, visual.key) not in self._packed]
-        fresh = {}
+        found = {visual.key: self._packed.get((name, visual.key)) for visual in visuals}
+        missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing), strict=True):
-            if visual.key not in fresh:
-                packed = fresh[visual.key] = self.family.pack_selected(views, select(pruner, views), visual)
-                self._packed.put((name, visual.key), packed, packed.embeds.nbytes)
-        return [
-            fresh[visual.key] if visual.key in fresh else self._packed.get((name, visual.key)) for visual in visuals
-        ]
-
-
-def select(pruner: Pruner, views: Sequence[VisualTokens]) -> list[Selection]:
-    """One `Selection` per view."""
-    for view in views:
-        check_needs(view, pruner)
-    selections = [pruner.select(view) for view in views]
-    if forced := sum(selection.forced for selection in selections):
-        logger.warning(
-            "%s under %s keeps too little of an image: min_keep adds %d tokens (min_keep=0 is the released behaviour)",
-            pruner.name,
-            pruner.budget,
-            forced,
-        )
-    return selections
+            packed = self.family.pack_selected(views, select(pruner, views, self.per), visual)
+            found[visual.key] = packed
+            self._packed.put((name, visual.key), packed, packed.embeds.nbytes)
+        return [found[visual.key] for visual in visuals]
 
 
 def _view_bytes(view: VisualTokens) -> int:

@@ -73,7 +73,11 @@ def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> T
 
 
 def generate(
-    family: Family, prompts: Sequence[Prompt], options: dict[str, Any], layer_pruner: FastV | None = None
+    family: Family,
+    prompts: Sequence[Prompt],
+    options: dict[str, Any],
+    layer_pruner: FastV | None = None,
+    per: str = "view",
 ) -> Generated:
     """Answer one batch.
 
@@ -82,6 +86,7 @@ def generate(
         prompts: any lengths.
         options: arguments of `GenerationMixin.generate`.
         layer_pruner: FastV, which drops hidden states inside the decoder.
+        per: `view` or `image`: which of a prompt's parts add a count to FastV's budget.
     """
     import torch
 
@@ -89,7 +94,12 @@ def generate(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         ranks = None
         if layer_pruner is not None:
-            ranks = [layer_pruner.rank(prompt.retained, family.layers) if prompt.spans else 0 for prompt in prompts]
+            ranks = [
+                layer_pruner.rank(prompt.retained, family.layers, prompt.views if per == "view" else prompt.visuals)
+                if prompt.spans
+                else 0
+                for prompt in prompts
+            ]
             spans = [
                 [(begin + start, end + start) for begin, end in prompt.spans]
                 for prompt, start in zip(prompts, starts, strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family, PackedImage, Prompt
+from rcb_lmms.families.video import VideoReader
 
 __all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_family"]
 
@@ -53,6 +54,8 @@ def load_family(
     attn_implementation: str = "sdpa",
     preprocess: str | None = None,
     template: str = "checkpoint",
+    video_backend: str = "pyav",
+    max_frames_num: int = 16,
     **own: Any,
 ) -> Family:
     """Load a checkpoint as its family.
@@ -65,6 +68,8 @@ def load_family(
         preprocess: one of the family's presets, by default the paper's.
         template: `checkpoint`, or another of the family's chat templates.
         dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
+        video_backend: what reads video files: `pyav`, `decord` or `torchcodec`.
+        max_frames_num: frames of a video.
         own: options that only this family has (`Family.options`).
 
     Raises:
@@ -78,6 +83,8 @@ def load_family(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = _config(path, options, pretrained)
     chosen = _family_of(config.model_type, pretrained, family)
+    _check_options(chosen, own)
+    reader = VideoReader(video_backend, max_frames_num)
     try:
         if device == "cpu":
             transformers_logging.disable_progress_bar()
@@ -90,7 +97,7 @@ def load_family(
         processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
     except (OSError, ValueError) as error:
         raise _unloadable(pretrained, error) from error
-    return chosen(
+    loaded = chosen(
         model.eval().to(device),
         processor,
         pretrained=pretrained,
@@ -99,6 +106,18 @@ def load_family(
         template=template,
         **own,
     )
+    loaded.reader = reader
+    return loaded
+
+
+def _check_options(family: type[Family], own: dict[str, Any]) -> None:
+    if unknown := sorted(set(own) - set(family.options)):
+        raise UserError(
+            wanted=f"{family.name} with {', '.join(unknown)}",
+            found="options this family does not have",
+            allowed=", ".join(family.options) or f"no options: {family.name} sees every image in one view",
+            next_step=f"leave out {', '.join(unknown)}",
+        )
 
 
 def _fingerprint(path: str, config: Any) -> str:

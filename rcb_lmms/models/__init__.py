@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-# Which methods each family offers; the README's table and the tests are made from it.
-ENTRIES = {
-    "llava": ("full", "rcb", "prumerge", "prumerge_plus", "fastv", "random"),
-}
+from rcb_lmms.families import FAMILIES
+from rcb_lmms.pruners import PRUNERS
+
+# The last part of an entry's name, and the method's in the registry.
+METHODS = {"full" if name == "none" else name: name for name in PRUNERS}
+
+# Which methods each family offers; what its vision tower cannot serve is refused with the alternatives named.
+ENTRIES = {family: tuple(METHODS) for family in FAMILIES}
+
+
+def entry_id(family: str, pruner: str) -> str:
+    """Model id of a family with a pruner of the registry: `llava`, `none` -> `llava_full`."""
+    return f"{family}_{'full' if pruner == 'none' else pruner}"
 
 
 def class_name(family: str, method: str) -> str:
@@ -18,9 +27,7 @@ def manifests() -> list:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
-        ModelManifest(
-            model_id=f"{family}_{method}", chat_class_path=f"rcb_lmms.models.{family}.{class_name(family, method)}"
-        )
+        ModelManifest(model_id=f"{family}_{method}", chat_class_path=f"{__name__}.entries.{class_name(family, method)}")
         for family, methods in ENTRIES.items()
         for method in methods
     ]

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.selection import PER
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, family_class
+from rcb_lmms.families.base import choose
+from rcb_lmms.families.tiles import PACKINGS
+from rcb_lmms.families.video import VideoReader
+from rcb_lmms.models import entry_id
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 
 # The setting of the paper's main table.
 PAPER_TOKENS = 64
 
-LOADING = ("pretrained", "dtype", "device", "attn_implementation", "preprocess", "template")
+VIDEO = ("video_backend", "max_frames_num")
+LOADING = ("pretrained", "dtype", "device", "attn_implementation", "preprocess", "template", *VIDEO)
 BUDGETS = ("keep", "ratio", "threshold", "match")
+
+# Methods that leave views whole before the language model.
+WHOLE = ("none", "fastv")
+
+# The variant of RCB that the released code uses, where it is not the paper's.
+OFFICIAL_VARIANTS = {"llava_onevision": "double_softmax"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Settings:
         loading: keyword arguments of `load_family`.
         pruner: the method; not yet fitted if `target` is given.
         target: what to calibrate for, or `None`.
+        per: `view` or `image`: what the budget is spent on.
         batch_size: questions per batch.
         seed: of sampling and of random pruning.
     """
@@ -48,6 +62,7 @@ class Settings:
     loading: dict[str, Any]
     pruner: Pruner
     target: Target | None
+    per: str
     batch_size: int
     seed: int
 
@@ -56,33 +71,88 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     """Turn model_args into `Settings`.
 
     Raises:
-        UserError: unknown argument, two budgets, a budget the method cannot take, an unknown choice.
+        UserError: a method that the family cannot have, an unknown argument, two budgets, a budget the method cannot
+            take, an unknown choice.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    own = family_class(family)
+    _check_provided(family, entry_id(family, method), method)
     options = _method_options(method)
-    budgets = _budget_names(method)
-    allowed = [*LOADING, *budgets, *options, "preset", "batch_size", "seed"]
+    budgets = budget_names(method)
+    common = ["preset", "batch_size", "seed", *(["per"] if budgets else [])]
+    allowed = [*LOADING, *own.options, *budgets, *options, *common]
     unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
     if unknown:
         raise UserError(
-            wanted=f"{family}_{'full' if method == 'none' else method} with {', '.join(unknown)}",
+            wanted=f"{entry_id(family, method)} with {', '.join(unknown)}",
             found="model_args this entry does not have",
             allowed=", ".join(allowed),
             next_step="remove or correct: " + ", ".join(unknown),
         )
-    loading = {name: arguments[name] for name in LOADING if name in arguments}
-    loading.setdefault("pretrained", family_class(family).checkpoint)
-    loading["family"] = family
+    loading = _loading(family, method, arguments)
+    given = {name: arguments[name] for name in budgets if name in arguments}
     chosen = {name: arguments[name] for name in options if name in arguments}
     seed = int(arguments.get("seed", 0))
     if "seed" in _field_names(method):
         chosen["seed"] = seed
     if "codebook" in options:
         chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
-    given = {name: arguments[name] for name in budgets if name in arguments}
+    preset = str(arguments.get("preset", "official"))
+    if method == "rcb" and preset == "official" and family in OFFICIAL_VARIANTS and "threshold" not in given:
+        # A threshold on a cosine means the variant that has one.
+        chosen.setdefault("variant", OFFICIAL_VARIANTS[family])
     budget, target = _budget(method, given, chosen)
-    pruner = make_pruner(method, budget=budget, preset=str(arguments.get("preset", "official")), **chosen)
-    return Settings(loading, pruner, target, _batch_size(arguments.get("batch_size", 1)), seed)
+    if target is not None and target.baseline is not None:
+        _check_provided(family, f"match={given['match']}", target.baseline.name)
+    pruner = make_pruner(method, budget=budget, preset=preset, **chosen)
+    per = choose("per", str(arguments.get("per", "view")), PER)
+    return Settings(loading, pruner, target, per, _whole("batch_size", arguments.get("batch_size", 1)), seed)
+
+
+def supports(family: str, method: str) -> bool:
+    """Whether a family's vision tower gives what a method of the registry reads."""
+    return PRUNERS[method].needs <= family_class(family).provides
+
+
+def _check_provided(family: str, wanted: str, method: str) -> None:
+    """Refuse, before anything is loaded, what reads tensors that the family's tower does not have."""
+    if not supports(family, method):
+        missing = sorted(PRUNERS[method].needs - family_class(family).provides)
+        raise UserError(
+            wanted=wanted,
+            found=f"a vision tower without CLS token, which gives no {', '.join(missing)}",
+            allowed=", ".join(entry_id(family, name) for name in PRUNERS if supports(family, name)),
+            next_step=f"use {entry_id(family, 'rcb')} with a number of tokens",
+        )
+
+
+def _loading(family: str, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `load_family`, with what a record should name even where nobody asked for it."""
+    own = family_class(family)
+    loading = {name: arguments[name] for name in (*LOADING, *own.options) if name in arguments}
+    loading.setdefault("pretrained", own.checkpoint)
+    loading.setdefault("video_backend", VideoReader.backend)
+    loading["family"] = family
+    loading["max_frames_num"] = _whole("max_frames_num", loading.get("max_frames_num", VideoReader.max_frames))
+    if "split" in own.options:
+        loading["split"] = _flag("split", loading.get("split", True))
+    if "pack" in own.options:
+        loading["pack"] = _packing(method, loading["split"], str(loading.get("pack", "auto")))
+    return loading
+
+
+def _packing(method: str, split: bool, pack: str) -> str:
+    """The family's `pack`: whole views as the Hugging Face model packs them, pruned ones as they come (`auto`)."""
+    choose("pack", pack, PACKINGS)
+    whole = method in WHOLE
+    if pack == "spatial_unpad" and not whole:
+        raise UserError(
+            wanted=f"pack=spatial_unpad with {method}",
+            found="a method that prunes before the language model; unpadding and a newline per row need the whole grid",
+            allowed="auto, flat, flat_newline; spatial_unpad with " + ", ".join(WHOLE),
+            next_step="pack=auto, which is flat for tiles",
+        )
+    return "spatial_unpad" if pack == "auto" and whole and split else pack
 
 
 def describe(settings: Settings, family: Family) -> dict[str, Any]:
@@ -93,6 +163,7 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         **{name: str(value) for name, value in settings.loading.items()},
         "pruner": {name: str(getattr(settings.pruner, name)) for name in names},
         "target": str(settings.target) if settings.target else None,
+        "per": settings.per,
         "codebook_sha256": codebook.sha256 if codebook is not None else None,
         "revision": family.revision,
         "fingerprint": family.fingerprint,
@@ -114,7 +185,8 @@ def _method_options(method: str) -> list[str]:
     return [name for name in _field_names(method) if name not in ("budget", "scale", "preset", "seed")]
 
 
-def _budget_names(method: str) -> tuple[str, ...]:
+def budget_names(method: str) -> tuple[str, ...]:
+    """model_args that give a method its budget, of which one may be used."""
     counts = ("keep", "ratio")
     own = {"none": (), "rcb": BUDGETS, "fastv": counts, "random": counts}
     return own.get(method, (*counts, "match"))
@@ -125,22 +197,26 @@ def _budget(method: str, given: dict[str, Any], options: dict[str, Any]) -> tupl
         raise UserError(
             wanted="one budget",
             found=", ".join(f"{name}={value}" for name, value in given.items()),
-            allowed="one of: " + ", ".join(_budget_names(method)),
+            allowed="one of: " + ", ".join(budget_names(method)),
             next_step="remove all but one",
         )
     if method == "none":
         return None, None
     name, value = next(iter(given.items()), ("keep", PAPER_TOKENS))
-    value = value if name == "match" else _number(name, value)
+    # These decide image by image: the budget is a mean over the benchmark. All others meet a count exactly.
+    adaptive = method == "prumerge" or (method == "rcb" and options.get("variant", "max_cosine") == "max_cosine")
     if name == "threshold":
-        return Budget.threshold(value), None
+        return Budget.threshold(_number(name, value)), None
     if name == "match":
-        return _unfitted(method), matched(str(value))
-    if method == "prumerge" or (method == "rcb" and options.get("variant", "max_cosine") == "max_cosine"):
-        # These decide image by image: the budget is a mean over the benchmark.
-        Budget.tokens(round(value)) if name == "keep" else Budget.ratio(value)
+        target = matched(str(value))
+        if target.tokens is not None and not adaptive:
+            return Budget.tokens(target.tokens), None
+        return _unfitted(method), target
+    value = _number(name, value)
+    budget = Budget.tokens(round(value) if adaptive else value) if name == "keep" else Budget.ratio(value)
+    if adaptive:
         return _unfitted(method), Target(tokens=value) if name == "keep" else Target(ratio=value)
-    return (Budget.tokens(value) if name == "keep" else Budget.ratio(value)), None
+    return budget, None
 
 
 def _unfitted(method: str) -> Budget:
@@ -178,12 +254,16 @@ def _number(name: str, value: Any) -> float:
         ) from None
 
 
-def _batch_size(value: Any) -> int:
-    if not str(value).isdigit() or int(value) < 1:
+def _whole(name: str, value: Any) -> int:
+    if not re.fullmatch(r"\d+(\.0)?", str(value)) or float(value) < 1:
         raise UserError(
-            wanted=f"batch_size={value}",
+            wanted=f"{name}={value}",
             found="not a positive whole number",
-            allowed="whole numbers from 1; it is halved by itself when memory runs out",
-            next_step="batch_size=1",
+            allowed="whole numbers from 1",
+            next_step=f"{name}=1",
         )
-    return int(value)
+    return int(float(value))
+
+
+def _flag(name: str, value: Any) -> bool:
+    return choose(name, str(value).lower(), ("true", "false")) == "true"

@@ -20,6 +20,7 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import generate, out_of_memory
 from rcb_lmms.errors import UserError, leave_with
 from rcb_lmms.families import Prompt, load_family
+from rcb_lmms.models import entry_id
 from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
 from rcb_lmms.models.journal import Journal
@@ -64,11 +65,11 @@ class PrunedModel(lmms):
         self._device = self.family.device
         self.shape = DecoderShape.of(self.family.model.config)
         self.batch_size = self.settings.batch_size
-        self.encoder = ImageEncoder(self.family, self._needs())
+        self.encoder = ImageEncoder(self.family, self._needs(), per=self.settings.per)
         self.rows: list[tuple[str, VisualTokenCounts]] = []
         self.seconds = 0.0
         self.run = RunRecord(
-            model=f"{self.family_name}_{'full' if self.method == 'none' else self.method}",
+            model=entry_id(self.family_name, self.method),
             arguments={name: str(value) for name, value in arguments.items()},
             resolved=describe(self.settings, self.family),
             versions=versions(),
@@ -167,7 +168,8 @@ class PrunedModel(lmms):
         if generation.sampled:
             torch.manual_seed(self._draw_seed(window[next(iter(batch))]))
         try:
-            generated = generate(self.family, list(batch.values()), dict(generation.options), layer_pruner)
+            options = dict(generation.options)
+            generated = generate(self.family, list(batch.values()), options, layer_pruner, self.settings.per)
         except UserError:
             raise
         except Exception as error:
@@ -199,13 +201,16 @@ class PrunedModel(lmms):
         average, pruned = float(kept), (None, None)
         if layer_pruner is not None and prompt.spans:
             kept = rank
-            average = layer_average(kept, native, layer_pruner.layer, self.shape.layers)
-            pruned = (layer_pruner.layer, len(prompt) - native + kept)
+            average = layer_average(kept, prompt.retained, layer_pruner.layer, self.shape.layers)
+            # FastV's candidates are the visual tokens that stand in the prompt; newlines between them stay.
+            pruned = (layer_pruner.layer, len(prompt) - prompt.retained + kept)
         return VisualTokenCounts(
             input_tokens=len(prompt),
             output_tokens=output_tokens,
             visual_native=native,
             visual_kept=kept,
+            visual_newlines=prompt.newlines,
+            visual_views=prompt.views,
             visual_layer_average=average,
             prefill_tflops=self.shape.prefill_flops(len(prompt), *pruned) / 1e12,
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rcb_lmms import calibrate
+from rcb_lmms.errors import UserError
+from rcb_lmms.models.arguments import VIDEO
 from rcb_lmms.models.processes import gather
 from rcb_lmms.models.questions import Question
 from rcb_lmms.pruners.base import Pruner
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from rcb_lmms.models.arguments import Target
     from rcb_lmms.models.base import PrunedModel
 
+# What a record says of the tokens that a threshold was fitted to, besides the family's own options.
+ENCODING = ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype", "per", *VIDEO)
+
 
 def calibrate_requests(
     model: PrunedModel, task: str, questions: list[Question], target: Target
@@ -24,28 +29,35 @@ def calibrate_requests(
 
     Returns:
         The fitted method, the record, and whether it came from the cache.
+
+    Raises:
+        UserError: no image, or a budget that the images cannot meet.
     """
     own = [question for question in questions if not question.padding]
     keys = [[visual.key for visual in _opened(model, question)] for question in own]
     weights = Counter(key for of_question in keys for key in of_question)
+    if not (every := sum(gather(weights), Counter())):
+        raise UserError(
+            wanted=f"a mean budget over task {task}",
+            found="no image or video that can be read",
+            allowed="tasks over images or videos",
+            next_step="check the task's data with the unpruned entry, which says what is wrong with each sample",
+        )
     identity = {
         "task": task,
-        "data": (data := calibrate.data_hash(sum(gather(weights), Counter()))),
+        "data": (data := calibrate.data_hash(every)),
         "target": str(target),
         "pruner": model.run.resolved["pruner"],
-        **{
-            name: model.run.resolved[name]
-            for name in ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype")
-        },
+        **{name: model.run.resolved[name] for name in (*ENCODING, *model.family.options)},
     }
     pruner = model.settings.pruner
     if all(gather((record := calibrate.cached(identity)) is not None)):
         return calibrate.with_parameters(pruner, record.fitted), record, True
     baselines = {} if target.baseline is None else {"baseline": target.baseline}
     scores = calibrate.score_pass(model.encoder, {"method": pruner}, baselines, _visuals(model, own, keys), weights)
-    scores = calibrate.ScorePass().merge(gather(scores))
+    scores = calibrate.ScorePass(per=scores.per).merge(gather(scores))
     if target.baseline is not None:
-        tokens = scores.mean(float(counts[0]) for counts in scores.evidence["baseline"])
+        tokens = scores.baseline("baseline")
     else:
         tokens = target.tokens if target.tokens is not None else target.ratio * scores.mean(scores.natives)
     fitted, record = calibrate.fit(pruner, scores, "method", tokens, data)

@@ -17,10 +17,15 @@ RUNS: list[RunRecord] = []
 
 @dataclass
 class VisualTokenCounts(TokenCounts):
-    """lmms-eval's token counts with the visual tokens and the prefill's cost beside them."""
+    """lmms-eval's token counts with the visual tokens and the prefill's cost beside them.
+
+    Newline embeddings are counted apart: they are no visual tokens and never pruned, but cost as much.
+    """
 
     visual_native: int = 0
     visual_kept: int = 0
+    visual_newlines: int = 0
+    visual_views: int = 0
     visual_layer_average: float = 0.0
     prefill_tflops: float = 0.0
 
@@ -29,6 +34,8 @@ class VisualTokenCounts(TokenCounts):
         return super().to_dict() | {
             "visual_native": self.visual_native,
             "visual_kept": self.visual_kept,
+            "visual_newlines": self.visual_newlines,
+            "visual_views": self.visual_views,
             "visual_layer_average": round(self.visual_layer_average, 3),
             "prefill_tflops": float(f"{self.prefill_tflops:.6g}"),
         }
@@ -84,6 +91,10 @@ def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, 
             "retained_min": min(kept),
             "retained_median": statistics.median(kept),
             "retained_max": max(kept),
+            "retained_with_newlines": statistics.fmean(
+                sample.visual_kept + sample.visual_newlines for sample in samples
+            ),
+            "views": statistics.fmean(sample.visual_views for sample in samples),
             # fmean is exact, so the order in which processes report does not matter.
             "layer_average_visual_tokens": statistics.fmean(sample.visual_layer_average for sample in samples),
             "prefill_tflops": statistics.fmean(sample.prefill_tflops for sample in samples),

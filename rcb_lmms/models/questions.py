@@ -1,4 +1,4 @@
-"""lmms-eval requests as questions: messages, images and generation arguments, loaded when they are needed."""
+"""lmms-eval requests as questions: messages, media and generation arguments, loaded when they are needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family, interleave
 from rcb_lmms.families.images import Visual, whole_images_only
+from rcb_lmms.families.video import placed
 
 # Argument -> whether it reaches `generate`. The others are honoured elsewhere, or are other models' business that
 # stock tasks carry (seedbench's image_aspect_ratio).
@@ -91,30 +92,46 @@ class Question:
         return bool((self.request.metadata or {}).get("__padding_only__"))
 
     def load(self, family: Family) -> tuple[list[dict[str, Any]], list[Visual]]:
-        """Chat messages with image marks in place, and the opened images in their order.
+        """Chat messages with media marks in place, and the opened images and videos in their order.
 
         Raises:
-            UserError: an image cannot be read, or the document holds a medium this family does not take.
+            UserError: an image or a video cannot be read, or the document holds another medium.
         """
         _, doc_to_messages, _, doc_id, _, _ = self.request.args
-        messages, images = [], []
         with whole_images_only():
-            turns = doc_to_messages(self.dataset[doc_id])
-        for message in turns:
-            content = message["content"]
-            other = sorted({item["type"] for item in content} - {"image", "text"})
-            if other:
-                raise UserError(
-                    wanted=f"answer task {self.task} with {family.name}",
-                    found=f"a document with {', '.join(other)}",
-                    allowed="images and text",
-                    next_step="choose a task over images",
-                )
-            own = [family.open(item["url"]) for item in content if item["type"] == "image"]
-            text = "\n".join(item["text"] for item in content if item["type"] == "text")
-            messages.append({"role": message["role"], "content": interleave(text, ["image"] * len(own))})
-            images += own
-        return messages, images
+            return self._load(family, doc_to_messages(self.dataset[doc_id]))
+
+    def _load(self, family: Family, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Visual]]:
+        media = [[(medium(item), item) for item in turn["content"] if item["type"] != "text"] for turn in turns]
+        kinds = [kind for own in media for kind, _ in own]
+        if other := sorted(set(kinds) - {"image", "video"}):
+            raise UserError(
+                wanted=f"answer task {self.task} with {family.name}",
+                found=f"a document with {', '.join(other)}",
+                allowed="images, videos and text",
+                next_step="choose a task over images or videos",
+            )
+        role = family.several if kinds.count("image") > 1 else "image"
+        messages, visuals = [], []
+        for turn, own in zip(turns, media, strict=True):
+            opened = [visual for kind, item in own for visual in _open(family, kind, item, role)]
+            text = "\n".join(item["text"] for item in turn["content"] if item["type"] == "text")
+            marks = ["video" if visual.role == "video" else "image" for visual in opened]
+            messages.append({"role": turn["role"], "content": interleave(text, marks)})
+            visuals += opened
+        return messages, visuals
+
+
+def medium(item: dict[str, Any]) -> str:
+    """`image`, `video` or another type; lmms-eval, going by the ending, takes `.webm` videos for audio."""
+    webm = item["type"] == "audio" and str(item["url"]).lower().endswith(".webm")
+    return "video" if webm else item["type"]
+
+
+def _open(family: Family, kind: str, item: dict[str, Any], role: str) -> list[Visual]:
+    if kind == "image":
+        return [family.open(item["url"], role)]
+    return family.open_video(*placed(item))
 
 
 def grouped(questions: list[Question]) -> list[tuple[tuple[str, Generation], list[int]]]:

@@ -46,11 +46,16 @@ class FastV(Pruner):
         """Every token, since nothing is known before the decoder has run; every score is 0."""
         return keep_all(view)
 
-    def rank(self, native: int, layers: int) -> int:
-        """Tokens that layers from `layer` on see, of `native` visual tokens in the prompt and `layers` in the decoder.
+    def rank(self, native: int, layers: int, shares: int = 1) -> int:
+        """Tokens that layers from `layer` on see of a prompt's visual tokens, which compete as one.
+
+        Args:
+            native: visual tokens in the prompt.
+            layers: of the decoder.
+            shares: how often the prompt may spend a budget of tokens: once for each of its views, or of its images.
 
         Raises:
             UserError: a budget above `native`, or a layer average that the full layers alone exceed.
         """
-        count = self.budget.count(native)
+        count = self.budget.count(native, shares)
         return count if self.convention == "rank" else rank_for_layer_average(count, native, self.layer, layers)

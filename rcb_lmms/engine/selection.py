@@ -1,0 +1,64 @@
+"""Choosing the tokens of one image or video: view by view, or of all its views together."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
+
+logger = logging.getLogger(__name__)
+
+# What a budget is spent on: every view (image, tile, frame), or all views of one image or video.
+PER = ("view", "image")
+
+
+def select(pruner: Pruner, views: Sequence[VisualTokens], per: str = "view") -> list[Selection]:
+    """One `Selection` per view of an image.
+
+    Under `per="image"` the views compete for the budget as one. PruMerge cannot compare views, since the attention of a
+    CLS token adds up to one in each: its counts are spread evenly over them, the first ones get what is left over.
+    """
+    for view in views:
+        check_needs(view, pruner)
+    if per == "view" or len(views) == 1:
+        selections = [pruner.select(view) for view in views]
+    elif compares_views(pruner):
+        selections = _apart(pruner.select(joined(views)), views)
+    else:
+        budgets = [pruner.budget] * len(views) if pruner.budget is None else pruner.budget.split(len(views))
+        selections = [replace(pruner, budget=own).select(view) for own, view in zip(budgets, views, strict=True)]
+    if forced := sum(selection.forced for selection in selections):
+        logger.warning(
+            "%s under %s keeps too little of an image: min_keep adds %d tokens (min_keep=0 is the released behaviour)",
+            pruner.name,
+            pruner.budget,
+            forced,
+        )
+    return selections
+
+
+def compares_views(pruner: Pruner) -> bool:
+    """Whether scores of different views mean the same: not where the tower's CLS token gives them, view by view."""
+    return not pruner.needs
+
+
+def joined(views: Sequence[VisualTokens]) -> VisualTokens:
+    """All views of an image as one row of tokens."""
+    import torch
+
+    features = torch.cat([view.features for view in views])
+    return VisualTokens(features, (1, len(features)), key=" ".join(view.key for view in views))
+
+
+def _apart(selection: Selection, views: Sequence[VisualTokens]) -> list[Selection]:
+    """A selection among joined views, as one per view; the first one carries what was forced."""
+    ends = list(itertools.accumulate(map(len, views)))
+    parts = []
+    for begin, end in zip([0, *ends], ends, strict=False):
+        inside = (selection.kept >= begin) & (selection.kept < end)
+        forced = 0 if parts else selection.forced
+        parts.append(Selection(selection.kept[inside] - begin, selection.scores[begin:end], forced=forced))
+    return parts
