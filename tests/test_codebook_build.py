@@ -295,7 +295,7 @@ def test_the_article_rule_changes_what_is_read(tmp_path, model, images, article)
 class FakeFamily(Family):
     """4 x 4 patches read off the pixels; the answer depends on all embeddings. Newline after every image."""
 
-    name, model_type, single_repeats = "fake", "fake", 3
+    name, model_type, single_repeats, provides = "fake", "fake", 3, frozenset({"cls_similarity"})
 
     def __init__(self, calls_to_live: int = -1):
         generator = torch.Generator().manual_seed(0)

@@ -58,7 +58,7 @@ def build(
     todo = [number for number in range(len(names)) if not _shard(stats, number).exists()]
     bar = tqdm(todo, "probing", len(names), initial=len(names) - len(todo), unit="image", disable=not progress)
     for number in bar:
-        view = family.encode([family.open(names[number], "base")], frozenset({"cls_similarity"}))[0][0]
+        view = family.encode([family.open(names[number], "base")], family.provides & {"cls_similarity"})[0][0]
         write_atomic(_shard(stats, number), measure(family, view, settings, batch_size).to_bytes())
     codebook = threshold(stats, settings, name=Path(out).stem)
     codebook.save(out)
