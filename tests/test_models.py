@@ -391,21 +391,6 @@ def test_answers_of_another_setting_or_of_changed_sources_are_not_taken_over(tmp
     assert journal.Journal(changed, 0).answer(question, {"threshold": 0.5}) is None
 
 
-def test_the_readme_names_every_entry_and_method():
-    from pathlib import Path
-
-    from rcb_lmms.pruners import PRUNERS
-
-    rows = [
-        line.split("|")[1:3]
-        for line in Path(__file__).parents[1].joinpath("README.md").read_text().splitlines()
-        if line.startswith("| `llava_")
-    ]
-    named = {entry.strip(" `"): method.strip(" `") for entry, method in rows}
-    assert set(named) == {f"{family}_{method}" for family, methods in ENTRIES.items() for method in methods}
-    assert set(named.values()) == set(PRUNERS)
-
-
 def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog):
     record, _ = evaluate("llava_rcb", "one", threshold=-1, codebook=codebook_file)
     assert record["achieved"]["pope"]["retained_max"] == record["achieved"]["pope"]["retained_min"] == 1
