@@ -300,6 +300,14 @@ def test_frames_are_pooled_by_halves(family):
         torch.testing.assert_close(view.features, tokens.mean((1, 3)).reshape(4, WIDTH), rtol=0, atol=0.02)
 
 
+def test_frames_may_differ_in_size(family):
+    frames = (tiny.random_image(0, 80, 60), tiny.random_image(1, 60, 90))
+    (views,) = family.encode([Visual(frames, "video")])
+    for frame, view in zip(frames, views, strict=True):
+        ((alone,),) = family.encode([Visual((frame,), "video")])
+        torch.testing.assert_close(view.features, alone.features, rtol=0, atol=1e-5)
+
+
 def test_odd_grids_are_pooled_bilinearly(tmp_path):
     """Five to three: samples at 1/3, 2 and 11/3, as 27 to 14 in the real model."""
     family = load_family(str(tiny_onevision.save_onevision(tmp_path, 70)))

@@ -88,12 +88,15 @@ class LlavaOnevision(Family):
         pixels = ((own, view) for own, visual in zip(encoded, visuals, strict=True) for view in self._pixels(visual))
         with torch.inference_mode():
             while chunk := list(itertools.islice(pixels, self.tower_batch)):
-                batch = torch.stack([view for _, view in chunk]).to(self.device, self.dtype)
-                output = self.model.model.vision_tower(batch, output_hidden_states=True)
-                hidden = output.hidden_states[self.model.config.vision_feature_layer]
+                hidden = self._tower(torch.stack([view for _, view in chunk]))
                 for (own, _), rows in zip(chunk, hidden, strict=True):
                     own.append(rows)
             return [self._views(visual, torch.stack(own), needs) for visual, own in zip(visuals, encoded, strict=True)]
+
+    def _tower(self, pixels: Tensor) -> Tensor:
+        """What the projector reads; the other layers' hidden states end with the call."""
+        output = self.model.model.vision_tower(pixels.to(self.device, self.dtype), output_hidden_states=True)
+        return output.hidden_states[self.model.config.vision_feature_layer]
 
     def _views(self, visual: Visual, hidden: Tensor, needs: set[str]) -> list[VisualTokens]:
         """Views of one visual from its tower features `(v, n, c)`.
@@ -112,11 +115,8 @@ class LlavaOnevision(Family):
 
     def _pixels(self, visual: Visual) -> Tensor:
         """Pixels of a visual's views, base view first, `(v, 3, side, side)`."""
-        import numpy as np
-
         if visual.role == "video":
-            frames = np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in visual.frames])
-            return self.processor.video_processor([frames], return_tensors="pt")["pixel_values_videos"][0]
+            return self._frames(visual)
         processor, image = self.processor.image_processor, visual.image
         if self.split and visual.role == "image":
             return processor(image, return_tensors="pt")["pixel_values"][0]
@@ -125,6 +125,15 @@ class LlavaOnevision(Family):
         # The base view does not depend on the tiles: ask for one, the least there can be, and drop it.
         only = processor(image, image_grid_pinpoints=[[self.side_px, self.side_px]], return_tensors="pt")
         return only["pixel_values"][0, :1]
+
+    def _frames(self, visual: Visual) -> Tensor:
+        import numpy as np
+        import torch
+
+        # One by one, since frames in a folder may differ in size.
+        videos = [[np.array(frame).transpose(2, 0, 1)[None]] for frame in visual.frames]
+        process = self.processor.video_processor
+        return torch.cat([process(video, return_tensors="pt")["pixel_values_videos"][0] for video in videos])
 
     def project(self, encoder_features: Tensor) -> Tensor:
         """See `Family.project`."""
