@@ -25,6 +25,7 @@ Device = Annotated[str | None, typer.Option(help="Torch device; cuda if there is
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Batch = Annotated[int, typer.Option(help="Per forward pass.", min=1)]
 Preprocess = Annotated[str | None, typer.Option(help="Image preset: rcb (the paper's) or the family's own.")]
+LabFamily = Annotated[str, typer.Option(help="llava, llava_next or llava_onevision.")]
 Pretrained = Annotated[str, typer.Option(help="lab, a folder, or a Hugging Face id.")]
 
 
@@ -211,27 +212,33 @@ def codebook_show(codebook: Annotated[str, typer.Argument(help="File or id.")]) 
 @lab_app.command("train")
 def lab_train(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the log and the state of a resumed run.")],
+    family: LabFamily = "llava",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: int = 0,
 ) -> None:
-    """Train the laboratory's LLaVA-1.5. Killed at any moment, the same command continues to the same weights."""
+    """Train a family's laboratory model. Killed at any moment, the same command continues to the same weights."""
     from rcb_lmms.lab.train import train
 
-    typer.echo(f"wrote {train(out, device=device, seed=seed)}")
+    typer.echo(f"wrote {train(out, family=family, device=device, seed=seed)}")
     typer.echo(f"next: rcb lab check --model {out}")
 
 
 @lab_app.command("data")
 def lab_data(
     out: Annotated[Path, typer.Option(help="Folder in which lmms_eval then finds its data sets.")],
+    family: LabFamily = "llava",
     pope_images: Annotated[int, typer.Option(help="Images of POPE, 18 questions each.", min=1)] = 40,
     mme_images: Annotated[int, typer.Option(help="Images per MME subtask, two questions each.", min=1)] = 40,
+    muirbench_items: Annotated[int, typer.Option(help="Questions per MuirBench task.", min=1)] = 40,
+    mvbench_videos: Annotated[int, typer.Option(help="Videos per MVBench subtask.", min=1)] = 40,
 ) -> None:
-    """Write the laboratory's benchmarks in the schemas of the true ones."""
+    """Write the benchmarks that a family's laboratory model answers, in the schemas of the true ones."""
     from rcb_lmms.lab.data import write_data
 
-    typer.echo(f"wrote {write_data(out, pope_images=pope_images, mme_images=mme_images)}")
-    typer.echo(f"next: cd {out} && lmms_eval --model llava_rcb --model_args pretrained=lab,keep=36 --tasks pope,mme")
+    sizes = {"pope_images": pope_images, "mme_images": mme_images}
+    sizes |= {"muirbench_items": muirbench_items, "mvbench_videos": mvbench_videos}
+    typer.echo(f"wrote {write_data(out, family=family, **sizes)}")
+    typer.echo(f"next: cd {out} && lmms_eval --model {family}_rcb --model_args pretrained=lab,keep=36 --tasks pope,mme")
 
 
 @lab_app.command("images")

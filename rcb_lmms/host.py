@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rcb_lmms import errors
 from rcb_lmms.files import write_atomic
+from rcb_lmms.local_videos import use_local_videos
 from rcb_lmms.resources import data_dir
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main() -> None:
         _dispatch()
         return
     errors.exit_at_once = True
+    use_local_videos()
     with errors.exit_on_user_error():
         if not _names_include_path():
             sys.argv += ["--include_path", str(data_dir("tasks"))]

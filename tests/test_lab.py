@@ -14,11 +14,13 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab import data, questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor, make_tower, preprocess
-from rcb_lmms.lab.language import Wording, choose_tokens, make_view
+from rcb_lmms.lab.examples import plain
+from rcb_lmms.lab.language import Wording
 from rcb_lmms.lab.packing import pack, run_packed
 from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
 from rcb_lmms.lab.tower import patch_labels
 from rcb_lmms.lab.train import LANGUAGE, LOG_NAME, TOWER, train
+from rcb_lmms.lab.views import choose_tokens, make_view
 
 SCENES = [make_scene("test", index) for index in range(60)]
 
@@ -187,9 +189,11 @@ def test_examples_ask_only_about_what_they_show(model_and_wording):
     _, wording, processor = model_and_wording
     checked = 0
     for scene in SCENES:
-        view = make_view(scene, 16, wording, np.random.default_rng(scene.index), progress=0.5)
+        view = make_view(plain("test", scene.index), 16, wording, np.random.default_rng(scene.index), progress=0.5)
         owner, taught = scene.patch_owner().ravel(), patch_labels(scene)["kind"] >= 0
-        shown = set(owner[view.kept[~view.blanked & taught[view.kept]]]) - {-1}
+        kept = view.sources[:, 0]
+        assert len(kept) == 16
+        shown = set(owner[kept[~view.blanked & taught[kept]]]) - {-1}
         for prompted in view.questions:
             text = processor.decode(prompted.prompt).split(" ASSISTANT:")[0].strip()
             if m := re.match(r"Is there a ([\w ]+?) in the image\?", text):

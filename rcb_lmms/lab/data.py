@@ -22,7 +22,7 @@ from rcb_lmms.lab.questions import (
     pope_question,
     present_phrases,
 )
-from rcb_lmms.lab.scenes import Scene, make_scene
+from rcb_lmms.lab.scenes import Scene, make_large_scene, make_scene
 
 ORGANISATION, FORMER_ORGANISATION = "lmms-lab-encoder", "lmms-lab"
 POPE_CATEGORIES = ("random", "popular", "adversarial")
@@ -34,17 +34,24 @@ _TEXT = "string"
 def write_data(
     out: str | Path,
     *,
+    family: str = "llava",
     seed_split: str = "test",
-    benchmarks: Sequence[str] = ("pope", "mme"),
+    benchmarks: Sequence[str] | None = None,
     pope_images: int = 40,
     mme_images: int = 40,
+    muirbench_items: int = 40,
+    mvbench_videos: int = 40,
 ) -> Path:
-    """Write benchmarks below `out`; sizes are images (18 questions each) and images per MME subtask (two each).
+    """Write the benchmarks a family's laboratory model answers (or those named) below `out`.
+
+    LLaVA-NeXT is shown large scenes with small objects. Sizes are images of POPE (18 questions each), images per MME
+    subtask (two each), questions per MuirBench task, and videos per MVBench subtask.
 
     Raises:
         UserError: a benchmark is unknown, or the folder cannot be written.
     """
     out = Path(out)
+    benchmarks = FAMILY_BENCHMARKS[family] if benchmarks is None else benchmarks
     unknown = sorted(set(benchmarks) - set(BENCHMARKS))
     if unknown:
         raise UserError(
@@ -53,18 +60,19 @@ def write_data(
             allowed=", ".join(BENCHMARKS),
             next_step="name only the allowed ones",
         )
-    sizes = {"pope": pope_images, "mme": mme_images}
+    sizes = {"pope": pope_images, "mme": mme_images, "muirbench": muirbench_items, "mvbench": mvbench_videos}
     for name in benchmarks:
-        BENCHMARKS[name](out / ORGANISATION, seed_split, sizes[name])
-    _link_former_organisation(out)
+        BENCHMARKS[name](out, seed_split, sizes[name], make_large_scene if family == "llava_next" else make_scene)
+    if (out / ORGANISATION).is_dir():
+        _link_former_organisation(out)
     return out
 
 
-def write_pope(root: Path, split: str, images: int) -> None:
+def write_pope(out: Path, split: str, images: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
     """POPE: three categories of six questions per image, half answered by yes; configurations default and Full."""
     rows: dict[str, list[dict]] = {category: [] for category in POPE_CATEGORIES}
     for index in range(images):
-        scene = make_scene(split, index)
+        scene = draw(split, index)
         random = np.random.default_rng(index)
         image = _png(scene)
         positives = random.permutation(present_phrases(scene))[:3]
@@ -82,16 +90,16 @@ def write_pope(root: Path, split: str, images: int) -> None:
     schema = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), _TEXT)
     everything = [row for part in numbered.values() for row in part]
     everything = [{**row, "id": str(n)} for n, row in enumerate(everything)]
-    _write_configurations(root / "POPE", {"default": {"test": everything}, "Full": numbered}, schema)
+    _write_configurations(out / ORGANISATION / "POPE", {"default": {"test": everything}, "Full": numbered}, schema)
 
 
-def write_mme(root: Path, split: str, images: int) -> None:
+def write_mme(out: Path, split: str, images: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
     """MME: for every subtask images with two questions, one answered by yes and one by no."""
     rows = []
     for subtask in MME_SUBTASKS:
         index = written = 0
         while written < images:
-            scene = make_scene(f"{split}-{subtask}", index)
+            scene = draw(f"{split}-{subtask}", index)
             index += 1
             pair = KINDS_OF_QUESTION[subtask](scene, np.random.default_rng(index))
             if not pair:
@@ -103,10 +111,40 @@ def write_mme(root: Path, split: str, images: int) -> None:
                 row = {"question_id": identity, "question": text, "answer": question.answer}
                 rows.append({**row, "category": subtask, "image": image})
     schema = dict.fromkeys(("question_id", "question", "answer", "category"), _TEXT)
-    _write_configurations(root / "MME", {"default": {"test": rows}}, schema)
+    _write_configurations(out / ORGANISATION / "MME", {"default": {"test": rows}}, schema)
 
 
-BENCHMARKS: dict[str, Callable[[Path, str, int], None]] = {"pope": write_pope, "mme": write_mme}
+def write_muirbench(out: Path, split: str, items: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
+    """MuirBench: questions about two to four images, which stand first or where the text has them."""
+    from rcb_lmms.lab.media_data import muirbench_rows
+
+    schema = dict.fromkeys(("idx", "task", "image_relation", "image_type", "question", "answer"), _TEXT)
+    rows = muirbench_rows(split, items)
+    _write_configurations(
+        out / "MUIRBENCH" / "MUIRBENCH", {"default": {"test": rows}}, schema | {"options": [_TEXT]}, "image_list"
+    )
+
+
+def write_mvbench(out: Path, split: str, videos: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
+    """MVBench: the subtasks with laboratory videos; `rcb_lmms.local_videos` lets lmms-eval find the files."""
+    from rcb_lmms.lab.media_data import VIDEO_FOLDERS, mvbench_rows
+
+    schema = {**dict.fromkeys(("video", "question", "answer"), _TEXT), "candidates": [_TEXT]}
+    rows = {name: {"train": mvbench_rows(split, name, videos, out / "mvbench_video")} for name in VIDEO_FOLDERS}
+    _write_configurations(out / "OpenGVLab" / "MVBench", rows, schema, None)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "pope": write_pope,
+    "mme": write_mme,
+    "muirbench": write_muirbench,
+    "mvbench": write_mvbench,
+}
+FAMILY_BENCHMARKS = {
+    "llava": ("pope", "mme"),
+    "llava_next": ("pope", "mme"),
+    "llava_onevision": ("pope", "mme", "muirbench", "mvbench"),
+}
 
 
 def codebook_images(out_dir: str | Path, count: int) -> list[Path]:
@@ -125,11 +163,19 @@ def _png(scene: Scene) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _write_configurations(folder: Path, configurations: dict[str, dict[str, list[dict]]], schema: dict) -> None:
-    """One parquet file per configuration and split, and the card by which `datasets` finds them."""
-    from datasets import Dataset, Features, Image, Value
+def _write_configurations(
+    folder: Path, configurations: dict[str, dict[str, list[dict]]], schema: dict, images: str | None = "image"
+) -> None:
+    """One parquet file per configuration and split, and the card by which `datasets` finds them.
 
-    features = Features({**{column: Value(kind) for column, kind in schema.items()}, "image": Image()})
+    `schema` maps columns to types, a list of one type for lists; `images` is the column of pictures, if any.
+    """
+    from datasets import Dataset, Features, Image, List, Value
+
+    columns = {name: List(Value(kind[0])) if isinstance(kind, list) else Value(kind) for name, kind in schema.items()}
+    if images is not None:
+        columns[images] = List(Image()) if images.endswith("_list") else Image()
+    features = Features(columns)
     card = ["---", "configs:"]
     for name, splits in configurations.items():
         card += [f"- config_name: {name}", "  data_files:"]

@@ -226,11 +226,12 @@ def open_question(scene: Scene, random: np.random.Generator) -> list[Question]:
             options.append(Question("open", "What is the number in the image?", str(item.digit), (index,)))
     item = scene.objects[random.integers(len(scene.objects))]
     same = tuple(n for n, other in enumerate(scene.objects) if other.kind == item.kind)
-    options.append(Question("open", f"How many {plural(item.kind)} are in the image?", COUNT_WORDS[len(same)], same))
+    if len(same) < len(COUNT_WORDS):  # several images together may show more than there are words for
+        options.append(Question("open", f"How many {plural(item.kind)} are in the image?", COUNT_WORDS[len(same)], same))
     alike = tuple(n for n, other in enumerate(scene.objects) if other.colour == item.colour)
     if len(alike) == 1:
         options.append(Question("open", f"What is the {item.colour} object?", item.kind, alike))
-    return [options[random.integers(len(options))]]
+    return [options[random.integers(len(options))]] if options else []
 
 
 def probe(scene: Scene, random: np.random.Generator) -> list[Question]:
