@@ -132,7 +132,7 @@ def test_pooled_tokens_are_the_mean_of_four_behind_the_projector(started):
 
 def test_a_view_is_what_the_processor_lays_out(started):
     """Words, images and newlines stand where chat template and Hugging Face's own packing put them."""
-    family, model, processor, wording = started
+    family, _, processor, wording = started
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     if family == "llava_next":
         example, text = examples.large("test", 2), "<image>\nQ"
@@ -146,7 +146,7 @@ def test_a_view_is_what_the_processor_lays_out(started):
         ids = [*wording.prefix] + [
             image if panel != views.TEXT else word for panel, word in zip(view.panel, view.words, strict=True)
         ]
-        expected = processor(images=pictures, text=f"USER: {text}", return_tensors="pt")["input_ids"][0].tolist()
+        expected = processor(images=[pictures], text=f"USER: {text}", return_tensors="pt")["input_ids"][0].tolist()
         head = expected[: len(expected) - len(wording.text("\nQ"))]
         if ids == head:
             laid = view
