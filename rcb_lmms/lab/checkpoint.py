@@ -40,7 +40,7 @@ def lab_checkpoint(family: str = "llava") -> Path:
         wanted=f"the laboratory's {family} checkpoint",
         found=f"nothing at {folder}" if family in FAMILIES else f"family {family!r}",
         allowed=f"a trained checkpoint of: {', '.join(FAMILIES)}",
-        next_step=f"rcb lab train --out {folder}",
+        next_step=f"rcb lab train --family {family if family in FAMILIES else FAMILIES[0]} --out {folder}",
     )
 
 

@@ -227,7 +227,9 @@ def open_question(scene: Scene, random: np.random.Generator) -> list[Question]:
     item = scene.objects[random.integers(len(scene.objects))]
     same = tuple(n for n, other in enumerate(scene.objects) if other.kind == item.kind)
     if len(same) < len(COUNT_WORDS):  # several images together may show more than there are words for
-        options.append(Question("open", f"How many {plural(item.kind)} are in the image?", COUNT_WORDS[len(same)], same))
+        options.append(
+            Question("open", f"How many {plural(item.kind)} are in the image?", COUNT_WORDS[len(same)], same)
+        )
     alike = tuple(n for n, other in enumerate(scene.objects) if other.colour == item.colour)
     if len(alike) == 1:
         options.append(Question("open", f"What is the {item.colour} object?", item.kind, alike))

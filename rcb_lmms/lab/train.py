@@ -6,6 +6,7 @@ killed run continues with the same command and ends in the same weights.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import time
@@ -39,6 +40,18 @@ TOWER = Stage("tower", steps=1900, batch=32, pool=20_000, learning_rate=1.2e-3)
 
 
 LANGUAGE = Stage("language", steps=1500, batch=32, pool=8_000, learning_rate=1.5e-3, save_every=250)
+# LLaVA-NeXT only has to learn smaller objects and tiles; OneVision's tower is new, its language model is not.
+STAGES = {
+    "llava": (TOWER, LANGUAGE),
+    "llava_next": (
+        dataclasses.replace(TOWER, steps=500, learning_rate=8e-4),
+        Stage("language", steps=500, batch=16, pool=1500, learning_rate=6e-4, warmup_steps=60),
+    ),
+    "llava_onevision": (
+        TOWER,
+        Stage("language", steps=1600, batch=24, pool=2000, learning_rate=1.2e-3, warmup_steps=60),
+    ),
+}
 
 
 def train(
@@ -47,11 +60,13 @@ def train(
     family: str = "llava",
     device: str = "cpu",
     seed: int = 0,
-    tower_stage: Stage = TOWER,
-    language_stage: Stage = LANGUAGE,
+    tower_stage: Stage | None = None,
+    language_stage: Stage | None = None,
     resume: bool = True,
 ) -> Path:
     """Train a laboratory model and write its checkpoint to `out`, beside the log and the state a resumed run needs.
+
+    Without stages it takes the family's own, `STAGES`.
 
     Raises:
         UserError: the family is unknown, or the folder cannot be written.
@@ -66,12 +81,13 @@ def train(
             allowed=", ".join(FAMILIES),
             next_step="name one of the allowed families",
         )
+    tower_stage, language_stage = tower_stage or STAGES[family][0], language_stage or STAGES[family][1]
     if not resume:
         for path in (out / LOG_NAME, *(out / STATE_FOLDER / f"{s.name}.pt" for s in (tower_stage, language_stage))):
             path.unlink(missing_ok=True)
     tower = train_tower(out, tower_stage, family=family, device=device, seed=seed)
     model, processor = train_language(
-        out, language_stage, tower, family=family, device=device, seed=seed, first_scene=tower_stage.pool
+        out, language_stage, tower, family=family, device=device, seed=seed, first_scene=TOWER.pool
     )
     return save_checkpoint(model, processor, out)
 
