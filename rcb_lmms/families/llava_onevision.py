@@ -41,11 +41,12 @@ class LlavaOnevision(Family):
     """LLaVA-OneVision.
 
     One image is a base view (stretched to a square) and its tiles row by row, each of several images a base view, a
-    video a base view per frame, pooled to half the side behind the projector. Frames are stretched by the Hugging
-    Face video processor. Pruning acts on each view; in a video on the pooled tokens.
+    video a base view per frame, pooled to half the side behind the projector. Pruning acts on each view; in a video
+    on the pooled tokens.
 
-    Preprocessing presets, which differ for each of several images only: `rcb` stretches it to a square, as the
-    paper's evaluation; `native` pads it to a square of the mean colour, as the Hugging Face processor.
+    Preprocessing presets, which agree on a single image: `rcb` stretches each of several images and each frame to a
+    square by Pillow, as the paper's evaluation; `native` pads each of several images to a square of the mean colour
+    and stretches frames by torchvision (up to one grey level apart), as the Hugging Face processors.
 
     Args:
         model: the Hugging Face model.
@@ -115,8 +116,12 @@ class LlavaOnevision(Family):
 
     def _pixels(self, visual: Visual) -> Tensor:
         """Pixels of a visual's views, base view first, `(v, 3, side, side)`."""
+        import torch
+
         if visual.role == "video":
-            return self._frames(visual)
+            if self.preprocess == "native":
+                return self._native_frames(visual)
+            return torch.cat([self._pixels(Visual((frame,), "base")) for frame in visual.frames])
         processor, image = self.processor.image_processor, visual.image
         if self.split and visual.role == "image":
             return processor(image, return_tensors="pt")["pixel_values"][0]
@@ -126,7 +131,7 @@ class LlavaOnevision(Family):
         only = processor(image, image_grid_pinpoints=[[self.side_px, self.side_px]], return_tensors="pt")
         return only["pixel_values"][0, :1]
 
-    def _frames(self, visual: Visual) -> Tensor:
+    def _native_frames(self, visual: Visual) -> Tensor:
         import numpy as np
         import torch
 
