@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
+import tiny_next
+import tiny_onevision
 import torch
 from PIL import Image
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
+from rcb_lmms.families import load_family
 from rcb_lmms.families.images import central_square_region, pad_to_square
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.report import pictures, statistics
@@ -373,6 +377,9 @@ def _coordinates(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([red, green, 0 * red], 2).round().astype(np.uint8))
 
 
+GEOMETRY = {"rcb": "centre_crop", "pad": "padded_square"}
+
+
 @pytest.mark.parametrize("preprocess", ["rcb", "pad"])
 @pytest.mark.parametrize("size", [(168, 168), (200, 120), (121, 250), (640, 427), (1200, 40), (30, 20)])
 def test_patch_boxes_undo_the_image_processor(size, preprocess):
@@ -386,7 +393,7 @@ def test_patch_boxes_undo_the_image_processor(size, preprocess):
     )
     pixels = np.asarray(processor(prepared, return_tensors="np")["pixel_values"][0], dtype=float)  # (3, 56, 56)
     seen = pixels.reshape(3, 4, 14, 4, 14).mean((2, 4)).reshape(3, 16)
-    boxes = pictures.patch_boxes(size, grid, preprocess, side)
+    boxes = pictures.patch_boxes(size, grid, GEOMETRY[preprocess], side)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     # Where a patch reaches the image's edge, its mean is of something else than the image alone.
     inside = (boxes >= -1e-9).all(1) & (boxes[:, 2] <= size[0] + 1e-9) & (boxes[:, 3] <= size[1] + 1e-9)
@@ -403,17 +410,17 @@ def test_patch_boxes_undo_the_image_processor(size, preprocess):
 
 def test_patch_boxes_of_a_wide_photograph_by_hand():
     # 640 x 427 at 336: the long side becomes int(503.6), and (503 - 336) // 2 = 83 columns are cut off on the left.
-    boxes = pictures.patch_boxes((640, 427), (24, 24), "rcb", 336)
+    boxes = pictures.patch_boxes((640, 427), (24, 24), "centre_crop", 336)
     scale = 640 / 503
     assert boxes[0] == pytest.approx([83 * scale, 0, 97 * scale, 427 / 24])
     assert boxes[-1] == pytest.approx([405 * scale, 427 * 23 / 24, 419 * scale, 427])
-    padded = pictures.patch_boxes((640, 427), (24, 24), "pad", 336)
+    padded = pictures.patch_boxes((640, 427), (24, 24), "padded_square", 336)
     assert padded[0] == pytest.approx([0, -106, 640 / 24, 640 / 24 - 106])
 
 
 def test_kept_patches_stay_as_they_are_and_the_others_do_not():
     image = Image.fromarray(np.random.default_rng(8).integers(60, 256, (112, 168, 3), dtype=np.uint8))
-    boxes = pictures.patch_boxes(image.size, (4, 4), "rcb", 112)
+    boxes = pictures.patch_boxes(image.size, (4, 4), "centre_crop", 112)
     kept = np.array([0, 5, 15])
     drawn, original = np.asarray(pictures.highlight(image, boxes, kept)), np.asarray(image)
     for number, (left, top, right, bottom) in enumerate(boxes.astype(int)):
@@ -429,7 +436,7 @@ def test_kept_patches_stay_as_they_are_and_the_others_do_not():
 
 
 def test_pixels_belong_to_the_patch_that_holds_their_centre():
-    boxes = pictures.patch_boxes((10, 10), (3, 3), "rcb", 56)  # borders at 3.33 and 6.67
+    boxes = pictures.patch_boxes((10, 10), (3, 3), "centre_crop", 56)  # borders at 3.33 and 6.67
     owners = [pictures.kept_mask((10, 10), boxes, np.array([number])) for number in range(9)]
     assert (np.sum(owners, axis=0) == 1).all()
     assert owners[0].nonzero()[1].max() == 2
@@ -523,3 +530,17 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     assert changed == ["fastv-2"]
     with pytest.raises(UserError, match="runs over different samples cannot be compared"):
         quickstart(tmp_path / "quick", **options | {"pope_images": 2})
+
+
+@pytest.mark.parametrize("save", [tiny_next.save_next, tiny_onevision.save_onevision])
+def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
+    family = load_family(str(save(tmp_path / "checkpoint")))
+    image = tiny.random_image(1, 120, 40)
+    boxes = pictures.patch_boxes(image.size, family.grid, family.geometry["rcb"], 56)
+    assert boxes[0].tolist() == [0, 0, 30, 10]
+    assert boxes[-1].tolist() == [90, 30, 120, 40]
+    pruners = {name: make_pruner(name, budget=Budget.tokens(5)) for name in ("random", "fastv")}
+    kept = {name: pictures.kept_tokens(family, pruner, image) for name, pruner in pruners.items()}
+    assert [len(own.indices) for own in kept.values()] == [5, 5]
+    assert max(own.indices.max() for own in kept.values()) < 16
+    assert pictures.kept_tokens_picture(family, pruners, [image], tmp_path / "kept.png").stat().st_size > 5000

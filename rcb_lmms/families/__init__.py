@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family, PackedImage, Prompt
 from rcb_lmms.families.video import VideoReader
+
+if TYPE_CHECKING:
+    from rcb_lmms.checkpoints import Original
 
 __all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_family"]
 
@@ -41,8 +44,7 @@ def family_of(pretrained: str) -> str:
     Raises:
         UserError: no such checkpoint, or one of another architecture.
     """
-    path, options = _locate(pretrained, "llava")
-    return _family_of(_config(path, options, pretrained).model_type, pretrained, None).name
+    return _recognise(*_locate(pretrained, "llava"), pretrained, None)[0].name
 
 
 def load_family(
@@ -61,7 +63,8 @@ def load_family(
     """Load a checkpoint as its family.
 
     Args:
-        pretrained: `lab`, a folder, or a Hugging Face id, `id@revision` to pin one.
+        pretrained: `lab`, a folder, or a Hugging Face id, `id@revision` to pin one; Hugging Face's layout or that of
+            the original `llava` package.
         family: the family the caller expects; `None` takes what the checkpoint is.
         device: torch device; by default `cuda` if there is one.
         attn_implementation: of the language model and the tower; no method needs `eager`.
@@ -76,38 +79,64 @@ def load_family(
         UserError: no such checkpoint, another architecture, or an unknown choice.
     """
     import torch
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging as transformers_logging
 
     path, options = _locate(pretrained, family or "llava")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = _config(path, options, pretrained)
-    chosen = _family_of(config.model_type, pretrained, family)
+    chosen, original = _recognise(path, options, pretrained, family)
     _check_options(chosen, own)
     reader = VideoReader(video_backend, max_frames_num)
-    try:
-        if device == "cpu":
-            transformers_logging.disable_progress_bar()
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=_dtype(dtype, device), attn_implementation=attn_implementation, **options
-        )
-        # A backend named here would be asked of the video processor too, which has torchvision's only.
-        processor = AutoProcessor.from_pretrained(path, **options)
-        # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
-    except (OSError, ValueError) as error:
-        raise _unloadable(pretrained, error) from error
+    loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
+    if original:
+        from rcb_lmms.checkpoints import load_original
+
+        model, processor = load_original(original, device=device, **loading)
+    else:
+        model, processor = _load_converted(path, options, pretrained, device, loading)
     loaded = chosen(
         model.eval().to(device),
         processor,
         pretrained=pretrained,
-        fingerprint=_fingerprint(path, config),
+        fingerprint=_fingerprint(path, model.config),
         preprocess=preprocess,
         template=template,
         **own,
     )
     loaded.reader = reader
     return loaded
+
+
+def _load_converted(
+    path: str, options: dict[str, str], pretrained: str, device: str, loading: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint in Hugging Face's layout."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    try:
+        if device == "cpu":
+            transformers_logging.disable_progress_bar()
+        model = AutoModelForImageTextToText.from_pretrained(path, **loading, **options)
+        # A backend named here would be asked of the video processor too, which has torchvision's only.
+        processor = AutoProcessor.from_pretrained(path, **options)
+        # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(pretrained, error) from error
+    return model, processor
+
+
+def _recognise(
+    path: str, options: dict[str, str], pretrained: str, expected: str | None
+) -> tuple[type[Family], Original | None]:
+    """Family of a checkpoint, and the checkpoint itself if it is in the original layout."""
+    from rcb_lmms.checkpoints import find_original
+
+    original = find_original(path, **options)
+    if original:
+        model_type = family_class(original.family).model_type
+    else:
+        model_type = _config(path, options, pretrained).model_type
+    return _family_of(model_type, pretrained, expected), original
 
 
 def _check_options(family: type[Family], own: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ class Family(ABC):
         checkpoint: the public checkpoint an entry means when it names none.
         codebook: id of the codebook released for that checkpoint.
         preprocessing: names of the presets, the paper's first.
+        geometry: preset -> where a base view lies on the image: `centre_crop`, `padded_square` or `stretched`.
         options: keyword arguments of the class that only this family has; they are model_args of its entries.
         provides: optional fields of `VisualTokens` its tower can fill in.
         several: role of each image when a prompt has more than one.
@@ -103,6 +104,7 @@ class Family(ABC):
     checkpoint: ClassVar[str]
     codebook: ClassVar[str]
     preprocessing: ClassVar[tuple[str, ...]]
+    geometry: ClassVar[dict[str, str]]
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None}
     options: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[frozenset[str]] = frozenset({"encoder_features"})

@@ -34,6 +34,7 @@ class Llava(ClipFamily):
     checkpoint = "llava-hf/llava-1.5-7b-hf"
     codebook = "llava-1.5-7b"
     preprocessing = ("rcb", "pad")
+    geometry: ClassVar[dict[str, str]] = {"rcb": "centre_crop", "pad": "padded_square"}
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
 
     def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:

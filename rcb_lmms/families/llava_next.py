@@ -60,6 +60,7 @@ class LlavaNext(ClipFamily):
     checkpoint = "llava-hf/llama3-llava-next-8b-hf"
     codebook = "llava-next-llama3-8b"
     preprocessing = ("rcb", "native")
+    geometry: ClassVar[dict[str, str]] = dict.fromkeys(preprocessing, "stretched")
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "llama_3": LLAMA_3}
     options = ("split", "pack")
     single_repeats = 24

@@ -61,6 +61,7 @@ class LlavaOnevision(Family):
     checkpoint = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     codebook = "llava-onevision-qwen2-7b"
     preprocessing = ("rcb", "native")
+    geometry: ClassVar[dict[str, str]] = {"rcb": "stretched", "native": "padded_square"}
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "qwen": CHATML}
     options = ("split", "pack")
     several = "base"

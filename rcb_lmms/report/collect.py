@@ -134,18 +134,45 @@ def collect(results: Path) -> tuple[list[Run], list[Excluded]]:
     for folder in folders:
         try:
             runs.append(_read(folder))
-        except _Unusable as error:
+        except Unusable as error:
             excluded.append(Excluded(folder, str(error)))
-    return runs, excluded
+    return _joined(runs), excluded
 
 
-class _Unusable(Exception):
-    pass
+def _joined(runs: list[Run]) -> list[Run]:
+    """Runs beside each other that differ in nothing but their tasks, as `rcb eval` leaves them, as one run each."""
+    alike: dict[tuple, list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.path.parent, run.setting, run.arguments.get("seed")), []).append(run)
+    joined = []
+    for (place, *_), parts in alike.items():
+        tasks = [task for part in parts for task in part.scores]
+        joined += parts if len(parts) == 1 or len(set(tasks)) < len(tasks) else [_join(place, parts)]
+    return joined
+
+
+def _join(place: Path, parts: list[Run]) -> Run:
+    def union(of_part: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for part in parts for name, value in of_part(part).items()}
+
+    totals = [part.record["totals"] for part in parts]
+    speeds = [(total.get("questions", 0), total.get("questions_per_second")) for total in totals]
+    seconds = None if any(not speed for _, speed in speeds) else sum(number / speed for number, speed in speeds)
+    record = parts[0].record | {
+        "calibrations": union(lambda part: part.record["calibrations"]),
+        "achieved": union(lambda part: part.record["achieved"]),
+        "totals": {"questions_per_second": sum(number for number, _ in speeds) / seconds} if seconds else {},
+    }
+    return Run(place, record, union(lambda part: part.scores), union(lambda part: part.official))
+
+
+class Unusable(Exception):
+    """Why a folder or a file is in no table."""
 
 
 def _read(folder: Path) -> Run:
-    record = _read_record(folder)
-    results = _json(folder / RESULTS)
+    record = read_finished(folder)
+    results = read_json(folder / RESULTS)
     scores = {task: _read_scores(folder, task, results) for task in record["tasks"]}
     official = {
         task: value
@@ -155,18 +182,23 @@ def _read(folder: Path) -> Run:
     return Run(folder, record, scores, official)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    record = _json(folder / RECORD)
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The record of a whole run.
+
+    Raises:
+        Unusable: a run that is foreign, damaged, not finished, failed or partial.
+    """
+    record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not {"status", "model", "arguments", "tasks"} <= set(record):
-        raise _Unusable(f"{RECORD} is not a record of this package")
+        raise Unusable(f"{RECORD} is not a record of this package")
     if record["status"] != "success":
         reason = record.get("error") or f"{len(record.get('failures', []))} failed samples"
-        raise _Unusable("not finished" if record["status"] == "started" else f"failed: {reason}")
+        raise Unusable("not finished" if record["status"] == "started" else f"failed: {reason}")
     if record.get("limit") is not None:
-        raise _Unusable(f"limited to the first {record['limit']} samples of each task")
+        raise Unusable(f"limited to the first {record['limit']} samples of each task")
     missing = sorted({"resolved", "achieved", "calibrations", "totals"} - set(record))
     if missing:
-        raise _Unusable(f"{RECORD} has no {', '.join(missing)}")
+        raise Unusable(f"{RECORD} has no {', '.join(missing)}")
     return record
 
 
@@ -174,7 +206,7 @@ def _read_scores(folder: Path, task: str, results: dict[str, Any]) -> Scores:
     import numpy as np
 
     if task not in BENCHMARKS:
-        raise _Unusable(f"task {task} has no entry in BENCHMARKS, which says how its samples are read")
+        raise Unusable(f"task {task} has no entry in BENCHMARKS, which says how its samples are read")
     path = folder / f"samples_{task}.jsonl"
     try:
         rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
@@ -182,9 +214,9 @@ def _read_scores(folder: Path, task: str, results: dict[str, Any]) -> Scores:
         clusters = np.array([str(BENCHMARKS[task].cluster(row)) for row in rows])
         expected = results["n-samples"][task]["original"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _Unusable(f"{path.name} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
+        raise Unusable(f"{path.name} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
     if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
-        raise _Unusable(f"{path.name} has {len(rows)} of {expected} samples")
+        raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
     # lmms-eval's own doc_hash covers the address of the image in memory, so it differs from run to run.
     samples = tuple(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True) for row in rows)
     return Scores(values, clusters, samples)
@@ -195,13 +227,18 @@ def _score(row: dict[str, Any], benchmark: Benchmark) -> float:
     return float(row[metric]["score"])
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        Unusable: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise _Unusable(f"no {path.name}") from error
+        raise Unusable(f"no {path.name}") from error
     except ValueError as error:
-        raise _Unusable(f"{path.name} is damaged: {error}") from error
+        raise Unusable(f"{path.name} is damaged: {error}") from error
 
 
 def _mean(values) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.families.base import Family
-from rcb_lmms.families.images import central_square_region
+from rcb_lmms.families.images import Visual, central_square_region
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner, VisualTokens
 from rcb_lmms.pruners.fastv import FastV
@@ -32,22 +32,22 @@ class Kept:
 
 
 def patch_boxes(
-    image_size: tuple[int, int], grid: tuple[int, int], preprocess: str, resize: int, crop: int | None = None
+    image_size: tuple[int, int], grid: tuple[int, int], geometry: str, resize: int, crop: int | None = None
 ) -> np.ndarray:
     """Where each visual token of a view lies on the original image: `(n, 4)` left, top, right, bottom in its pixels.
 
-    Tokens in raster order. Under `pad`, boxes reach over the image's edge where they show padding.
+    Tokens in raster order. Of a padded square, boxes reach over the image's edge where they show padding.
 
     Args:
         image_size: width and height of the original image.
         grid: rows and columns of tokens.
-        preprocess: `rcb` (short side to `resize`, centre crop) or `pad` (padded to a square, resized to it).
+        geometry: `centre_crop` (of the short side resized to `resize`), `padded_square` or `stretched`.
         resize: pixels of the short side after resizing.
         crop: side of the centre crop; by default `resize`.
     """
     import numpy as np
 
-    left, top, right, bottom = _REGIONS[preprocess](*image_size, resize, crop or resize)
+    left, top, right, bottom = _REGIONS[geometry](*image_size, resize, crop or resize)
     rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
     width, height = (right - left) / grid[1], (bottom - top) / grid[0]
     x, y = left + columns * width, top + rows * height
@@ -75,7 +75,11 @@ def _padded_square(width: int, height: int, resize: int, crop: int) -> tuple[flo
     return left, top, left + side - 2 * margin, top + side - 2 * margin
 
 
-_REGIONS = {"rcb": _centre_crop, "pad": _padded_square}
+def _whole(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
+    return 0, 0, width, height
+
+
+_REGIONS = {"centre_crop": _centre_crop, "padded_square": _padded_square, "stretched": _whole}
 
 
 def kept_mask(image_size: tuple[int, int], boxes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -104,10 +108,10 @@ def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
 
 
 def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QUESTION) -> Kept:
-    """What a method keeps of one image; methods that see the question are run on `question`."""
+    """What a method keeps of an image's base view; methods that see the question are run on `question`."""
     from rcb_lmms.engine.encoding import select
 
-    (view,) = family.encode([image], pruner.needs)[0]
+    (view,) = family.encode([Visual((image,), "base")], pruner.needs)[0]
     if isinstance(pruner, FastV):
         return Kept(_kept_in_decoder(family, pruner, view, question))
     (selection,) = select(pruner, [view])
@@ -174,10 +178,11 @@ def kept_tokens_picture(
 
 def _enlarged(family: Family, image: Image) -> tuple[Image, np.ndarray]:
     """The image, enlarged if it is small, and the boxes of its patches."""
-    processor = family.processor.image_processor
-    boxes = patch_boxes(
-        image.size, family.grid, family.preprocess, processor.size["shortest_edge"], processor.crop_size["height"]
-    )
+    processor, geometry = family.processor.image_processor, family.geometry[family.preprocess]
+    side = family.model.config.vision_config.image_size
+    # Only a centre crop resizes to another side than the view's.
+    resize = processor.size["shortest_edge"] if geometry != "stretched" and "shortest_edge" in processor.size else side
+    boxes = patch_boxes(image.size, family.grid, geometry, resize, side)
     factor = max(1, round(_SHORT_SIDE_PX / min(image.size)))
     return image.resize((image.width * factor, image.height * factor), 0), boxes * factor
 
