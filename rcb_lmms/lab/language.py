@@ -101,7 +101,8 @@ def _neighbours(example: Example) -> list[tuple]:
     if example.medium in ("video", "tiled") and len(example.keys[0]) > 2:
         split, index, *rest = example.keys[0]
         if rest[0] == "frame":
-            return [(split, index, "frame", number) for number in range(examples.FRAMES)]
+            numbers = sorted({key[3] for key in example.keys} | set(range(1, examples.FRAMES, 2)))
+            return [(split, index, "frame", number) for number in numbers]
         return list(examples.large(split, index).keys)
     return [
         (split, number)
@@ -129,8 +130,9 @@ def draw_examples(family: str, split: str, indices, random: np.random.Generator,
     if medium == "tiled":
         return [examples.plain(split, first + int(index), panels=2) for index in indices]
     if medium == "video":
-        frames = int(random.choice([4, 8, 16]))
-        return [examples.video(split, int(index) % VIDEO_POOL, frames) for index in indices]
+        frames = int(random.choice([4, 8, 16], p=[0.5, 0.4, 0.1]))
+        pool = VIDEO_POOL // 4 if frames == 16 else VIDEO_POOL
+        return [examples.video(split, int(index) % pool, frames) for index in indices]
     neighbours = random.integers(0, CHUNK, (len(indices), int(random.integers(1, 4))))
     return [
         examples.several(split, [first + int(index), *(first + int(index) // CHUNK * CHUNK + other).tolist()])
@@ -139,7 +141,7 @@ def draw_examples(family: str, split: str, indices, random: np.random.Generator,
 
 
 # Large scenes the tower was not trained on, and pools small enough to be rendered in minutes.
-LARGE_FIRST, LARGE_POOL, VIDEO_POOL = 30_000, 1500, 600
+LARGE_FIRST, LARGE_POOL, VIDEO_POOL = 30_000, 1500, 400
 
 
 def pack_views(views: list[View], wording: Wording) -> Packed:

@@ -60,10 +60,11 @@ def absent_phrases(scene: Scene, category: str) -> list[str]:
     """
     present = set(present_phrases(scene))
     kinds, colours = {o.kind for o in scene.objects}, {o.colour for o in scene.objects}
+    pairs = sorted({f"{colour} {kind}" for colour in COLOURS for kind in KINDS} - present)
     if category == "popular":
         candidates = [*KINDS, *(f"{colour} object" for colour in COLOURS)]
-        return sorted(set(candidates) - present)
-    pairs = sorted({f"{colour} {kind}" for colour in COLOURS for kind in KINDS} - present)
+        # Several images together can show every kind and every colour.
+        return sorted(set(candidates) - present) or pairs
     if category == "random":
         return pairs
     swapped = [p for p in pairs if p.split()[0] in colours and p.split()[1] in kinds]

@@ -76,7 +76,9 @@ def make_view(example: Example, count: int, wording, random: np.random.Generator
     Answers hold of what is visible, not of the whole scene: the truth about objects without tokens would only teach
     the model to guess.
     """
-    kept = [choose_tokens(panel.owner, min(count, len(panel)), random, progress < 0.2) for panel in example.panels]
+    # `count` is of a whole panel of 144; pooled panels are a quarter as large.
+    share = -(-count * len(example.panels[0]) // (GRID * GRID)) if count < GRID * GRID else GRID * GRID
+    kept = [choose_tokens(panel.owner, min(share, len(panel)), random, progress < 0.2) for panel in example.panels]
     slots = lay_out(example, kept, wording, random)
     panel, token, words = (np.array(column) for column in zip(*slots, strict=True))
     sight = panel >= 0
@@ -139,7 +141,7 @@ def _ask(view: View, pairs: int, random: np.random.Generator, progress: float) -
     objects = [view.example.objects[index] for index in visible]
     medium = view.example.medium
     if medium in ("several", "video"):
-        return _choices(view, visible, objects, pairs + 1, random) + _loose(objects, medium, random)
+        return _choices(view, visible, objects, pairs - 1, random) + _loose(objects, medium, random)
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
     if not objects:
         return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
