@@ -40,7 +40,7 @@ class PrunedModel(lmms):
     """A LLaVA model with visual token pruning, as lmms-eval wants it.
 
     Without arguments an entry means the paper's setting: the family's public checkpoint, its released codebook and a
-    mean of 64 retained tokens per image, calibrated on the task at hand.
+    mean of 64 retained tokens per view (image, tile, frame), calibrated on the task at hand.
 
     Raises:
         UserError: unknown or contradictory arguments, a missing checkpoint or codebook, widths that do not fit.
