@@ -35,7 +35,8 @@ def family_class(name: str) -> type[Family]:
 
 def default_codebook(family: str, pretrained: str) -> str:
     """Id of the codebook an entry means when it names none: the laboratory's or the family's released one."""
-    return f"lab-{family.replace('_', '-')}" if pretrained == "lab" else family_class(family).codebook
+    own = pretrained.partition(":")[0] == "lab"
+    return f"lab-{family.replace('_', '-')}" if own else family_class(family).codebook
 
 
 def family_of(pretrained: str) -> str:
@@ -63,8 +64,8 @@ def load_family(
     """Load a checkpoint as its family.
 
     Args:
-        pretrained: `lab`, a folder, or a Hugging Face id, `id@revision` to pin one; Hugging Face's layout or that of
-            the original `llava` package.
+        pretrained: `lab` (of the expected family, or `lab:FAMILY`), a folder, or a Hugging Face id, `id@revision` to
+            pin one; Hugging Face's layout or that of the original `llava` package.
         family: the family the caller expects; `None` takes what the checkpoint is.
         device: torch device; by default `cuda` if there is one.
         attn_implementation: of the language model and the tower; no method needs `eager`.
@@ -162,10 +163,11 @@ def _fingerprint(path: str, config: Any) -> str:
 
 def _locate(pretrained: str, family: str) -> tuple[str, dict[str, str]]:
     """Path or hub id, and loading options."""
-    if pretrained == "lab":
+    name, _, own = pretrained.partition(":")
+    if name == "lab":
         from rcb_lmms.lab.checkpoint import lab_checkpoint
 
-        return str(lab_checkpoint(family)), {}
+        return str(lab_checkpoint(own or family)), {}
     if os.path.isdir(pretrained):
         return pretrained, {}
     path, _, revision = pretrained.partition("@")

@@ -147,14 +147,15 @@ FAMILY_BENCHMARKS = {
 }
 
 
-def codebook_images(out_dir: str | Path, count: int) -> list[Path]:
-    """Write `count` scenes of the codebook split as PNG files, and return their paths.
+def codebook_images(out_dir: str | Path, count: int, family: str = "llava") -> list[Path]:
+    """Write `count` scenes of the codebook split as PNG files, and return their paths; large ones for LLaVA-NeXT.
 
     Raises:
         UserError: the folder cannot be written.
     """
     out = Path(out_dir)
-    return [write_atomic(out / f"scene-{n:05d}.png", _png(make_scene("codebook", n))["bytes"]) for n in range(count)]
+    draw = make_large_scene if family == "llava_next" else make_scene
+    return [write_atomic(out / f"scene-{n:05d}.png", _png(draw("codebook", n))["bytes"]) for n in range(count)]
 
 
 def _png(scene: Scene) -> dict:
