@@ -46,11 +46,32 @@ def quickstart(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    fetch_spice: Annotated[
+        bool, typer.Option("--fetch-spice", help="Download the two CoreNLP jars that SPICE needs (0.5 GB).")
+    ] = False,
+) -> None:
     """Check this machine: what is there, what is missing, what that costs and how to mend it."""
     from rcb_lmms.doctor import main as run
 
+    if fetch_spice:
+        from rcb_lmms.scoring.corenlp import fetch_corenlp
+
+        typer.echo(f"wrote {', '.join(map(str, fetch_corenlp()))}\n")
     raise typer.Exit(run())
+
+
+@app.command()
+def captions(
+    samples: Annotated[list[Path], typer.Argument(help="Samples files (.jsonl) of caption tasks.")],
+) -> None:
+    """Compute CIDEr and SPICE of finished caption runs and write them into their samples and results files."""
+    from rcb_lmms.scoring.rescore import add_scores
+
+    for run in add_scores(samples):
+        for metric, value in sorted(run.scores.items()):
+            typer.echo(f"{metric:<24} {value:.4f}")
+        typer.echo(f"wrote {run.path}" + (f" and {run.results}" if run.results else "; no results file beside it"))
 
 
 @app.command("list")

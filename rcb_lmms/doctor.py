@@ -37,7 +37,7 @@ class Check:
 
 def doctor() -> list[Check]:
     """Every check, in the order of printing; nothing is downloaded or changed."""
-    checks = [_python(), *_packages(), _entries(), _gpu(), _java(), _video()]
+    checks = [_python(), *_packages(), _entries(), _gpu(), _java(), _spice(), _video()]
     return [*checks, *_disk(), _cache(), *_codebooks(), _laboratory()]
 
 
@@ -147,18 +147,25 @@ def _gpu() -> Check:
 
 
 def _java() -> Check:
-    import subprocess
+    from rcb_lmms.errors import UserError
+    from rcb_lmms.scoring.java import java_banner
 
-    cost = "captioning tasks (nocaps, flickr30k) lose a whole run after generation: their tokenizer and METEOR are Java"
-    mend = "apt-get install default-jre-headless, or conda install openjdk"
     try:
-        shown = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return Check("Java", "not found", False, False, cost, mend)
-    lines = (shown.stderr or shown.stdout).strip().splitlines()
-    if shown.returncode != 0:
-        return Check("Java", f"does not start: {lines[0] if lines else shown.returncode}", False, False, cost, mend)
-    return Check("Java", lines[0] if lines else "present")
+        return Check("Java", java_banner())
+    except UserError as error:
+        cost = "CIDEr and SPICE are left blank (rcb captions adds them later); upstream's caption tasks lose their run"
+        return Check("Java", error.found, False, False, cost, error.next_step)
+
+
+def _spice() -> Check:
+    from rcb_lmms.errors import UserError
+    from rcb_lmms.scoring.corenlp import corenlp_jars
+
+    try:
+        return Check("SPICE", f"CoreNLP at {corenlp_jars()[0].parent}")
+    except UserError as error:
+        cost = "SPICE is left blank (rcb captions adds it later); CIDEr does not need it"
+        return Check("SPICE", error.found, False, False, cost, error.next_step)
 
 
 def _video() -> Check:
