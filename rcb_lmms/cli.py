@@ -17,8 +17,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Checkpoints of the original LLaVA code.", no_args_is_help=True)
 lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, check it.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(lab_app, name="lab")
 
 Device = Annotated[str | None, typer.Option(help="Torch device; cuda if there is one.")]
@@ -26,7 +28,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Batch = Annotated[int, typer.Option(help="Per forward pass.", min=1)]
 Preprocess = Annotated[str | None, typer.Option(help="Image preset: rcb (the paper's) or the family's own.")]
 LabFamily = Annotated[str, typer.Option(help="llava, llava_next or llava_onevision.")]
-Pretrained = Annotated[str, typer.Option(help="lab, a folder, or a Hugging Face id.")]
+Pretrained = Annotated[str, typer.Option(help="lab, lab:FAMILY, a folder, or a Hugging Face id.")]
 
 
 def main() -> None:
@@ -91,30 +93,47 @@ def list_entries() -> None:
 @app.command()
 def calibrate(
     model: Pretrained,
-    images: Annotated[Path, typer.Option(help="Folder of images: the data set by which the budget is met.")],
-    keep: Annotated[float, typer.Option(help="Mean retained visual tokens per view.")] = 64,
-    match: Annotated[str | None, typer.Option(help="Match a baseline instead: prumerge, prumerge_plus.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images by which the budget is met.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks instead: rcb_paper, or pope,mme,...")] = None,
+    keep: Annotated[float, typer.Option(help="With --images: mean retained visual tokens per view.")] = 64,
+    match: Annotated[
+        str | None,
+        typer.Option(help="Baselines to match: prumerge,prumerge_plus,fastv:rank=144,random:64; with --images, one."),
+    ] = None,
     codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="With --tasks: share of images held out.")] = None,
+    per: Annotated[str, typer.Option(help="With --tasks: view or image, what budgets are spent on.")] = "view",
     preprocess: Preprocess = None,
     split: Annotated[bool | None, typer.Option(help="Tiles, or the base view alone, in families with tiles.")] = None,
+    pack: Annotated[str | None, typer.Option(help="Packing of tiles, as in model_args; changes no threshold.")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the record here as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --images a JSON file, with --tasks a YAML file.")] = None,
 ) -> None:
-    """Find RCB's threshold for a budget on a folder of images: one vision-only pass, no language model."""
+    """Find RCB's thresholds for budgets on images or on benchmarks: one vision-only pass, no language model."""
+    if (images is None) == (tasks is None):
+        raise UserError(
+            wanted="data to calibrate on",
+            found="both --images and --tasks" if images else "neither --images nor --tasks",
+            allowed="one of the two",
+            next_step="--images FOLDER, or --tasks pope,mme --match prumerge",
+        )
+    own = {name: value for name, value in (("split", split), ("pack", pack)) if value is not None}
+    loading = {"codebook": codebook, "preprocess": preprocess, "device": device, "dtype": dtype, **own}
+    if tasks is not None:
+        from rcb_lmms.calibrate_tasks import calibrate_tasks
+        from rcb_lmms.matching import for_terminal
+
+        file, record = calibrate_tasks(
+            model, tasks.split(","), match or "prumerge", holdout=holdout, per=per, out=out, **loading
+        )
+        if record["benchmarks"]:
+            typer.echo(for_terminal(record))
+            typer.echo(f"wrote {file}")
+        return
     from rcb_lmms.calibrate import calibrate_images
 
-    record = calibrate_images(
-        model,
-        find_images(images),
-        keep=keep,
-        match=match,
-        codebook=codebook,
-        preprocess=preprocess,
-        device=device,
-        dtype=dtype,
-        **({} if split is None else {"split": split}),
-    )
+    record = calibrate_images(model, find_images(images), keep=keep, match=match, **loading)
     for name, value in record.items():
         typer.echo(f"{name:<10} {value}")
     if out is not None:
@@ -149,20 +168,60 @@ def show(
     typer.echo(f"wrote {out}")
 
 
-Results = Annotated[Path, typer.Argument(help="Folder of run folders, such as quickstart/runs.")]
+@app.command("eval")
+def evaluate_configs(
+    configs: Annotated[
+        list[str], typer.Argument(help="lmms-eval configuration files, or their stems in eval_configs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Results folder: OUT/NAME/TASK for each run.")] = Path("results"),
+    limit: Annotated[int | None, typer.Option(help="Only the first samples; in no table.", min=1)] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Another checkpoint; lab scales the budgets.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the files'.", min=1)] = None,
+) -> None:
+    """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
+    from rcb_lmms.evaluate import evaluate
+
+    problems = evaluate(configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size)
+    for problem in problems:
+        typer.echo(f"failed: {problem}", err=True)
+    if problems:
+        typer.echo("the same command runs these again and nothing else", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"next: rcb table {out}, or rcb table {out} --paper 1")
+
+
+Results = Annotated[Path, typer.Argument(help="Folder of run folders, such as results or quickstart/runs.")]
 
 
 @app.command()
 def table(
     results: Results,
-    out: Annotated[Path | None, typer.Option(help="Folder for table.md and the CSV files; by default RESULTS.")] = None,
+    paper: Annotated[int | None, typer.Option(help="Fill the paper's table 1, 2 or 3.")] = None,
+    figure: Annotated[int | None, typer.Option(help="Fill the paper's figure 9.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written; by default RESULTS.")] = None,
 ) -> None:
     """Make the table of finished runs: accuracy with intervals, achieved tokens, relative performance, speed."""
+    if paper is not None or figure is not None:
+        for key in [f"table-{paper}"] * (paper is not None) + [f"figure-{figure}"] * (figure is not None):
+            paper_table(key, results, out or results)
+        return
     from rcb_lmms.report.collect import collect
     from rcb_lmms.report.tables import for_terminal, write_tables
 
     typer.echo(for_terminal(write_tables(*collect(results), out or results)))
     typer.echo(f"wrote {(out or results) / 'table.md'}")
+
+
+def paper_table(key: str, results: Path, out: Path) -> None:
+    """Fill one of the paper's tables, print it and what was left out."""
+    from rcb_lmms.report.paper_text import write_paper_table
+    from rcb_lmms.report.published import layout
+
+    text, excluded = write_paper_table(layout(key), results, out)
+    typer.echo(text)
+    for entry in excluded:
+        typer.echo(f"left out: {entry.path}: {entry.reason}", err=True)
+    typer.echo(f"wrote {out / key}.md and its other forms")
 
 
 @app.command()
@@ -198,7 +257,7 @@ def codebook_build(
     from rcb_lmms.codebook.settings import parse_changes, settings_for
     from rcb_lmms.families import family_of, load_family
 
-    preset = preset or ("lab" if model == "lab" else "official")
+    preset = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
     settings = settings_for(family_of(model), preset, **parse_changes(setting or []))
     if rethreshold:
         made = build.threshold(Path(f"{out}.stats"), settings, name=out.stem)
@@ -228,6 +287,21 @@ def codebook_show(codebook: Annotated[str, typer.Argument(help="File or id.")]) 
     from rcb_lmms.codebook.show import show as describe
 
     typer.echo(describe(Codebook.load(codebook)))
+
+
+@checkpoint_app.command("convert")
+def checkpoint_convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hugging Face id in the original layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
+) -> None:
+    """Write an original checkpoint in Hugging Face's layout, shard by shard. Entries load the original as well."""
+    from rcb_lmms.checkpoints import convert, open_original
+
+    original = open_original(source)
+    for file in convert(original, out, dtype):
+        typer.echo(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"next: lmms_eval --model {original.family}_rcb --model_args pretrained={out} --tasks pope")
 
 
 @lab_app.command("train")
@@ -266,11 +340,12 @@ def lab_data(
 def lab_images(
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
     count: Annotated[int, typer.Option(help="Scenes.", min=1)] = 200,
+    family: LabFamily = "llava",
 ) -> None:
     """Write scenes for building a codebook; no test scene is among them."""
     from rcb_lmms.lab.data import codebook_images
 
-    typer.echo(f"wrote {len(codebook_images(out, count))} scenes to {out}")
+    typer.echo(f"wrote {len(codebook_images(out, count, family))} scenes to {out}")
     typer.echo(f"next: rcb codebook build --model lab --images {out} --out lab.safetensors")
 
 

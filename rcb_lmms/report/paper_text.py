@@ -1,0 +1,187 @@
+"""The paper's tables for readers: Markdown, LaTeX and CSV, and Figure 9 as PNG and SVG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.files import write_atomic
+from rcb_lmms.report.cells import measure
+from rcb_lmms.report.collect import Excluded
+from rcb_lmms.report.paper import comparisons, numbers
+from rcb_lmms.report.published import Layout
+from rcb_lmms.report.tables import probability
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEGEND = """\
+First line of a row: printed in the paper; second line: measured. In brackets: percent of the unpruned model of the \
+same line. ±: standard deviation over the seeds of random pruning. Tokens: retained visual tokens per question, per \
+column where columns differ. Blank: not printed, or not all of its runs are there."""
+
+COMPARED = """\
+Differences of the mean sample score, in points, with 95% confidence intervals (bootstrap over images) and two-sided p \
+(permutation of whole images), on the same samples; random averaged over its seeds, sample by sample. For MME the \
+sample score is accuracy, not the sum of the column."""
+
+# What LaTeX engines do not find in their fonts.
+LATEX = {"×": r"$\times$", "±": r"$\pm$", "τ": r"$\tau$"}
+
+
+def readable(layout: Layout, frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of `numbers` as text in the paper's layout; controls that were not measured are left out."""
+    import pandas as pd
+
+    headings = list(layout.averages)
+    if not layout.only_averages:
+        headings = [column.heading for column in layout.columns] + headings
+    lines = []
+    for block, rows in frame.groupby("block", sort=False):
+        lines.append({"method": str(block)})
+        for label, own in rows.groupby("row", sort=False):
+            cells = {row.column: row for row in own.itertuples()}
+            measured = own["measured"].notna().any()
+            if own["control"].all() and not measured:
+                continue
+            if not own["control"].all():
+                lines.append(_line(layout, label, "paper", cells))
+            lines.append(_line(layout, label if own["control"].all() else "", "here", cells))
+    return pd.DataFrame(lines, columns=["method", "", "tokens", *headings]).fillna("")
+
+
+def _line(layout: Layout, label: str, source: str, cells: dict[str, Any]) -> dict[str, str]:
+    kind = {"paper": "published", "here": "measured"}[source]
+    texts = {heading: _text(cell, kind, heading in layout.averages) for heading, cell in cells.items()}
+    tokens = _tokens([cells[column.heading] for column in layout.columns], kind)
+    return {"method": label, "": source, "tokens": tokens, **texts}
+
+
+def _text(cell: Any, kind: str, is_average: bool) -> str:
+    import pandas as pd
+
+    value = getattr(cell, kind)
+    if pd.isna(value):
+        return ""
+    std = getattr(cell, f"{kind}_std")
+    relative = cell.published_relative if kind == "published" else cell.relative
+    spread = "" if pd.isna(std) else f" ± {std:.2f}" if std < 0.1 else f" ± {std:.1f}"
+    return f"{value:.1f}{spread}" + ("" if is_average or pd.isna(relative) else f" ({relative:.0f})")
+
+
+def _tokens(cells: list[Any], kind: str) -> str:
+    """Retained tokens: one number where the columns agree on it."""
+    import pandas as pd
+
+    name = "published_tokens" if kind == "published" else "retained_tokens"
+    texts = ["" if pd.isna(getattr(cell, name)) else f"{getattr(cell, name):.0f}" for cell in cells]
+    known = {text for text in texts if text}
+    return known.pop() if len(known) == 1 else "" if not known else " / ".join(texts)
+
+
+def readable_comparisons(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of `comparisons` as text."""
+    import pandas as pd
+
+    rows = [
+        {
+            "block": row.block,
+            "rows": f"{row.row} against {row.against}",
+            "column": row.column,
+            "samples": str(row.samples),
+            "difference": f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]",
+            "p": probability(row.p),
+        }
+        for row in frame.itertuples()
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, list[Excluded]]:
+    """Write `KEY.md`, `.tex`, `.csv` and `KEY_comparisons.csv` to `out`, for a figure also `.png` and `.svg`.
+
+    Returns:
+        The table as plain text, and the run folders that are there but could not be used.
+
+    Raises:
+        UserError: no such results, runs that cannot be compared, or a folder that cannot be written.
+    """
+    table = measure(layout, results)
+    frame, compared = numbers(table), comparisons(table)
+    text = readable(layout, frame)
+    parts = [f"# {layout.title}", _tabulated(text, "pipe"), LEGEND]
+    if len(compared):
+        parts += [_tabulated(readable_comparisons(compared), "pipe"), COMPARED]
+    if table.excluded:
+        parts += ["Left out:", "\n".join(f"- {entry.path}: {entry.reason}" for entry in table.excluded)]
+    contents: dict[str, str | bytes] = {
+        ".md": "\n\n".join(parts) + "\n",
+        ".tex": _latex(text),
+        ".csv": frame.to_csv(index=False, lineterminator="\n"),
+        "_comparisons.csv": compared.to_csv(index=False, lineterminator="\n"),
+    }
+    if layout.native is not None:
+        contents |= figure(layout, frame)
+    for ending, content in contents.items():
+        write_atomic(out / f"{layout.key}{ending}", content)
+    return _tabulated(text, "simple"), table.excluded
+
+
+def _tabulated(frame: pd.DataFrame, form: str) -> str:
+    from tabulate import tabulate
+
+    return tabulate(frame, headers="keys", tablefmt=form, disable_numparse=True, showindex=False)
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    text = _tabulated(frame, "latex_booktabs")
+    for character, command in LATEX.items():
+        text = text.replace(character, command)
+    return text + "\n"
+
+
+def figure(layout: Layout, frame: pd.DataFrame) -> dict[str, bytes]:
+    """The average of a sweep over the share of removed tokens, as `.png` and `.svg`; equal numbers give equal SVG.
+
+    Lines are measured, hollow markers printed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    (average,) = layout.averages
+    files = {}
+    with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
+        drawn = Figure(figsize=(6, 4.2), layout="constrained")
+        _draw(drawn.subplots(), layout, frame[frame["column"] == average])
+        for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+            buffer = io.BytesIO()
+            drawn.savefig(buffer, format=ending[1:], **options)
+            files[ending] = buffer.getvalue()
+    return files
+
+
+def _draw(axes: Any, layout: Layout, frame: pd.DataFrame) -> None:
+    from rcb_lmms.report.plots import STYLES
+
+    (block,) = layout.blocks
+    values = frame.set_index("row")
+    for method in dict.fromkeys(row.method for row in block.rows):
+        rows = [row for row in block.rows if row.method == method]
+        removed = [100 - 100 * int(row.arguments["keep"]) / layout.native for row in rows]
+        colour, marker = STYLES[method]
+        label = rows[0].label.rpartition(" ")[0]
+        measured, printed = (
+            values.loc[[row.label for row in rows], name].astype(float) for name in ("measured", "published")
+        )
+        axes.plot(removed, measured, color=colour, marker=marker, linewidth=1.4, label=f"{label}, here")
+        hollow = {"color": colour, "marker": marker, "linestyle": "none", "markerfacecolor": "none", "markersize": 10}
+        axes.plot(removed, printed, label=f"{label}, paper (Table 1)", **hollow)
+    axes.axhline(100, color="black", linewidth=1, linestyle=":")
+    axes.set_xlabel("visual tokens removed, %")
+    axes.set_ylabel("average of five VQA benchmarks, % of the unpruned model")
+    axes.set_title(layout.blocks[0].title)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
