@@ -95,7 +95,7 @@ def score_pass(
     for batch in encoder.batches(visuals):
         for visual, views in zip(batch, encoder.views(batch), strict=True):
             for name, pruner in methods.items():
-                result.evidence[name].append(_evidence(pruner, views, encoder.per))
+                result.evidence[name].append(evidence_of(pruner, views, encoder.per))
             for name, pruner in baselines.items():
                 kept = sum(map(len, select(pruner, views, encoder.per)))
                 result.evidence[name].append([np.array([kept], dtype=np.float32)])
@@ -105,7 +105,7 @@ def score_pass(
     return result
 
 
-def _evidence(pruner: Pruner, views: Sequence[VisualTokens], per: str) -> list[np.ndarray]:
+def evidence_of(pruner: Pruner, views: Sequence[VisualTokens], per: str) -> list[np.ndarray]:
     """What `fit` reads of one image: an array for each part that `select` decides on its own."""
     import numpy as np
 

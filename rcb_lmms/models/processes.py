@@ -13,6 +13,21 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def join_processes() -> tuple[int, int]:
+    """`rank_and_size`, after joining the other processes that torchrun started, if any.
+
+    One may wait for another for days: shares of a long pass end at different times.
+    """
+    import datetime
+
+    import torch.distributed as dist
+
+    rank, size = rank_and_size()
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return rank, size
+
+
 def gather(value: Value) -> list[Value]:
     """`value` of every process, in the order of their ranks, on every process."""
     import torch.distributed as dist

@@ -99,27 +99,29 @@ class Question:
         """
         _, doc_to_messages, _, doc_id, _, _ = self.request.args
         with whole_images_only():
-            return self._load(family, doc_to_messages(self.dataset[doc_id]))
+            return load_turns(family, self.task, doc_to_messages(self.dataset[doc_id]))
 
-    def _load(self, family: Family, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Visual]]:
-        media = [[(medium(item), item) for item in turn["content"] if item["type"] != "text"] for turn in turns]
-        kinds = [kind for own in media for kind, _ in own]
-        if other := sorted(set(kinds) - {"image", "video"}):
-            raise UserError(
-                wanted=f"answer task {self.task} with {family.name}",
-                found=f"a document with {', '.join(other)}",
-                allowed="images, videos and text",
-                next_step="choose a task over images or videos",
-            )
-        role = family.several if kinds.count("image") > 1 else "image"
-        messages, visuals = [], []
-        for turn, own in zip(turns, media, strict=True):
-            opened = [visual for kind, item in own for visual in _open(family, kind, item, role)]
-            text = "\n".join(item["text"] for item in turn["content"] if item["type"] == "text")
-            marks = ["video" if visual.role == "video" else "image" for visual in opened]
-            messages.append({"role": turn["role"], "content": interleave(text, marks)})
-            visuals += opened
-        return messages, visuals
+
+def load_turns(family: Family, task: str, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Visual]]:
+    """lmms-eval's chat turns as `Question.load` gives them; files are checked inside `whole_images_only` alone."""
+    media = [[(medium(item), item) for item in turn["content"] if item["type"] != "text"] for turn in turns]
+    kinds = [kind for own in media for kind, _ in own]
+    if other := sorted(set(kinds) - {"image", "video"}):
+        raise UserError(
+            wanted=f"answer task {task} with {family.name}",
+            found=f"a document with {', '.join(other)}",
+            allowed="images, videos and text",
+            next_step="choose a task over images or videos",
+        )
+    role = family.several if kinds.count("image") > 1 else "image"
+    messages, visuals = [], []
+    for turn, own in zip(turns, media, strict=True):
+        opened = [visual for kind, item in own for visual in _open(family, kind, item, role)]
+        text = "\n".join(item["text"] for item in turn["content"] if item["type"] == "text")
+        marks = ["video" if visual.role == "video" else "image" for visual in opened]
+        messages.append({"role": turn["role"], "content": interleave(text, marks)})
+        visuals += opened
+    return messages, visuals
 
 
 def medium(item: dict[str, Any]) -> str:

@@ -60,6 +60,11 @@ class PruMerge(Pruner):
             centres = centres.sort().values
         return Selection(centres, attention, features=merge(view, centres, self.neighbours))
 
+    def count(self, view: VisualTokens) -> int:
+        """Centres and the residual token, without merging anything."""
+        check_needs(view, self)
+        return len(self._centres(view.cls_attention.float())) + 1
+
     def evidence(self, view: VisualTokens) -> Tensor | None:
         """The view's outliers and its native tokens, `(2,)` float32."""
         import torch
