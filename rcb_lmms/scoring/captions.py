@@ -6,26 +6,22 @@ A metric that cannot be computed (no Java, Java died, no CoreNLP) is left blank 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
-import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.errors import UserError, leave_with
+from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 from rcb_lmms.models import ENTRIES
 from rcb_lmms.resources import cache_dir
+from rcb_lmms.scoring.caption_data import say
 from rcb_lmms.scoring.corenlp import pycocoevalcap_dir
-from rcb_lmms.scoring.java import java_banner, run_java
-from rcb_lmms.scoring.spice import spice_jars, spice_scores
-
-logger = logging.getLogger(__name__)
+from rcb_lmms.scoring.java import run_java
+from rcb_lmms.scoring.spice import spice_scores
 
 # The paper's lengths: 64 tokens for LLaVA-1.5, the tasks' own value, and these. It has no captions by OneVision, which
 # writes as much as NeXT does when asked for detail.
@@ -34,70 +30,10 @@ LENGTHS = {
     for family in ("llava_next", "llava_onevision")
     for method in ENTRIES[family]
 }
-NOCAPS_ANNOTATIONS = "RCB_NOCAPS_ANNOTATIONS"
-FLICKR30K_SPLITS = "RCB_FLICKR30K_SPLITS"
-DOMAINS = ("in", "near", "out")
 
 Item = dict[str, Any]
 # Tokenised captions of the last set that was scored, which the metrics of its parts look up.
 _tokens: dict[str, str] = {}
-
-
-def nocaps_docs(docs: Any) -> Any:
-    """NoCaps with a `domain` column where the domains are known; tells beforehand what cannot be scored.
-
-    The data set on the hub has no domains. They are taken from a `domain` column if there is one, else from the file
-    `nocaps_val_4500_captions.json` of the benchmark's authors, if `RCB_NOCAPS_ANNOTATIONS` names it; else the overall
-    scores are the only ones, and `rcb captions` adds the others once the variable is set.
-
-    Raises:
-        UserError: columns are missing, or the file does not have the images.
-    """
-    with leave_with():
-        _require(docs, "NoCaps", "image", "image_id", "annotations_captions")
-        _referenced(docs, "NoCaps", "annotations_captions")
-        _announce()
-        if "domain" in docs.column_names:
-            return docs
-        if not os.environ.get(NOCAPS_ANNOTATIONS):
-            _say(f"NoCaps: overall scores only; {NOCAPS_ANNOTATIONS}=nocaps_val_4500_captions.json gives the domains'")
-            return docs
-        return docs.add_column("domain", [nocaps_domain(image) for image in docs["image_id"]])
-
-
-def flickr_docs(docs: Any) -> Any:
-    """All of Flickr30k; tells beforehand what cannot be scored."""
-    with leave_with():
-        _require(docs, "Flickr30k", "image", "img_id", "caption")
-        _referenced(docs, "Flickr30k", "caption")
-        _announce()
-    return docs
-
-
-def karpathy_docs(docs: Any) -> Any:
-    """The 1000 images of Karpathy's test split of Flickr30k.
-
-    Taken from a `split` column if there is one; the data set on the hub has none, so that `RCB_FLICKR30K_SPLITS` must
-    name `dataset_flickr30k.json` of Karpathy's archive, whose file names are those of the column `filename`.
-
-    Raises:
-        UserError: neither, or images of the split are not in the data set.
-    """
-    with leave_with():
-        if "split" in docs.column_names:
-            chosen = [index for index, split in enumerate(docs["split"]) if split == "test"]
-        else:
-            _require(docs, "Flickr30k", "filename")
-            wanted = _karpathy_files()
-            chosen = [index for index, name in enumerate(docs["filename"]) if name in wanted]
-            if len(chosen) != len(wanted):
-                raise UserError(
-                    wanted=f"{len(wanted)} images of Karpathy's test split",
-                    found=f"{len(chosen)} of them in the data set",
-                    allowed="the whole Flickr30k",
-                    next_step="remove the data set from the cache of Hugging Face and download it again",
-                )
-        return flickr_docs(docs.select(chosen))
 
 
 def nocaps_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Item]:
@@ -119,7 +55,7 @@ def dc100_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, floa
 
 def entries(data: str, item: Item) -> dict[str, Item]:
     """`{metric: item}` of a sample of `nocaps` or `flickr`, each with an item of its own, which will hold its score."""
-    suffixes = ["", f"_{_short(item['domain'])}"] if item.get("domain") else [""]
+    suffixes = ["", "_" + item["domain"].removesuffix("-domain")] if item.get("domain") else [""]
     metrics = [f"rcb_{data}_{kind}{suffix}" for suffix in suffixes for kind in KINDS]
     return {metric: item | {"metric": metric} for metric in metrics}
 
@@ -135,10 +71,9 @@ def aggregate(items: list[Item]) -> float | None:
     try:
         return score(items, kind)
     except UserError as error:
-        _say(f"{kind.upper()} is left blank: {error.found}")
+        say(f"{kind.upper()} is left blank: {error.found}")
         if not domain:
-            kept = _keep(data, items)
-            _say(f"the captions are kept; when that is mended ({error.next_step}): rcb captions {kept}")
+            _keep(data, items, error.next_step)
         return None
 
 
@@ -154,19 +89,6 @@ def score(items: list[Item], kind: str) -> float:
     for item, value in zip(ordered, values, strict=True):
         item["score"] = float(value)
     return sum(values) / len(values)
-
-
-def nocaps_domain(image_id: int) -> str:
-    """Domain of a NoCaps image by the authors' file.
-
-    Raises:
-        UserError: no such file, a file of another kind, or an image that is not in it.
-    """
-    path = os.environ.get(NOCAPS_ANNOTATIONS, "")
-    domains = _nocaps_domains(path)
-    if int(image_id) not in domains:
-        raise _foreign(NOCAPS_ANNOTATIONS, path, f"no image {image_id} in it", "nocaps_val_4500_captions.json")
-    return domains[int(image_id)]
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
@@ -196,17 +118,6 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in made[:-1]]
 
 
-def _short(domain: str) -> str:
-    if (short := domain.removesuffix("-domain")) in DOMAINS:
-        return short
-    raise UserError(
-        wanted="the domain of a NoCaps image",
-        found=repr(domain),
-        allowed="in-domain, near-domain, out-domain",
-        next_step=f"correct the data set's column, or the file that {NOCAPS_ANNOTATIONS} names",
-    )
-
-
 def _tokenized(items: Sequence[Item]) -> list[tuple[str, list[str]]]:
     captions, references = [item["pred"] for item in items], [text for item in items for text in item["answer"]]
     if not _tokens.keys() >= {*captions, *references}:
@@ -231,75 +142,13 @@ KINDS: dict[str, Callable[[Sequence[tuple[str, Sequence[str]]]], list[float]]] =
 }
 
 
-def _keep(data: str, items: list[Item]) -> Path:
+def _keep(data: str, items: list[Item], mend: str) -> None:
     """Write captions where `rcb captions` can read them, should the run not log its samples."""
     rows = [{"doc_id": index, **entries(data, item)} for index, item in enumerate(items)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     name = f"samples_{data}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    return write_atomic(cache_dir() / "captions" / name, text)
-
-
-def _announce() -> None:
-    """Say before generation starts which metrics will be blank."""
-    for kind, check in (("CIDEr and SPICE", java_banner), ("SPICE", spice_jars)):
-        try:
-            check()
-        except UserError as error:
-            _say(f"{kind} will be left blank: {error.found}; {error.next_step}")
-            _say("captions are made all the same; rcb captions SAMPLES.jsonl scores them later")
-            return
-
-
-@functools.cache
-def _say(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        logger.warning(text)
-
-
-def _require(docs: Any, name: str, *columns: str) -> None:
-    if missing := [column for column in columns if column not in docs.column_names]:
-        raise UserError(
-            wanted=f"{name} with the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
-            found=", ".join(docs.column_names),
-            allowed=f"the schema of the data set on the hub: {', '.join(columns)}",
-            next_step="correct the local copy, or remove it so that it is downloaded again",
-        )
-
-
-def _referenced(docs: Any, name: str, column: str) -> None:
-    if bare := [index for index, references in enumerate(docs[column]) if not references]:
-        raise UserError(
-            wanted=f"{name} with reference captions in {column}",
-            found=f"none in row {bare[0]}" + f" and {len(bare) - 1} more" * (len(bare) > 1),
-            allowed="at least one for each image",
-            next_step="correct the local copy, or remove it so that it is downloaded again",
-        )
-
-
-@functools.cache
-def _nocaps_domains(path: str) -> dict[int, str]:
     try:
-        images = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
-        return {int(image["id"]): image["domain"] for image in images}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise _foreign(NOCAPS_ANNOTATIONS, path, found, "nocaps_val_4500_captions.json") from error
-
-
-def _karpathy_files() -> set[str]:
-    path = os.environ.get(FLICKR30K_SPLITS, "")
-    try:
-        images = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
-        return {image["filename"] for image in images if image["split"] == "test"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__}: {error}" if path else "the variable is not set"
-        raise _foreign(FLICKR30K_SPLITS, path, found, "dataset_flickr30k.json") from error
-
-
-def _foreign(variable: str, path: str, found: str, name: str) -> UserError:
-    return UserError(
-        wanted=f"{name}, named by {variable}",
-        found=f"{path}: {found}" if path else found,
-        allowed="the file of the data set's authors, unchanged",
-        next_step=f"export {variable}=/path/to/{name}",
-    )
+        path = write_atomic(cache_dir() / "captions" / name, text)
+        say(f"the captions are kept; when that is mended ({mend}): rcb captions {path}")
+    except UserError as error:
+        say(f"the captions are in the samples of the run alone: {error.wanted}: {error.found}")
