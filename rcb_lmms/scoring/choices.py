@@ -1,0 +1,48 @@
+"""Which option an answer names, and how tasks of lettered options are scored."""
+
+from __future__ import annotations
+
+import re
+import string
+
+# A letter stands alone if the answer ends behind it, or a mark follows; "A.M." and "e.g." are no letters.
+_ALONE = r"""(?=\s*$|\s*[)\]:;*"!]|\s*\n|\s+-\s|'(?!\w)|\.(?!\w\b)|\s*,(?!\s*[(\["']?[A-Z]\b))"""
+_FIRST = re.compile(rf"""[\s(\["'*]*([A-Za-z]){_ALONE}""")
+_SAID = re.compile(rf"""(?i:\b(?:answer|option|choice)\b(?:\s+is)?(?:\s*:)?(?:\s+option)?)[\s(\["'*]+([A-Z]){_ALONE}""")
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+
+
+def letters(options: int) -> tuple[str, ...]:
+    """The names of so many options."""
+    return tuple(string.ascii_uppercase[:options])
+
+
+def letter(answer: str, options: int) -> str:
+    """The option's letter that an answer names, or an empty string for none.
+
+    In this order:
+
+    1. The answer begins with a letter that stands alone: "B", "b", "B.", "(B) a cat", "B: a cat", "B, a cat".
+    2. A letter is announced: "The answer is B.", "Option (B)"; only in capitals.
+    3. Exactly one letter stands in round brackets: "It must be (B)".
+
+    A letter followed by a word does not stand alone: "A cat" names nothing, nor does "A, B" or a letter behind the
+    last option. The words of an option do not count: this is the letter matching of the paper's toolkits, without the
+    language model that some of them ask about the rest, and without their drawing a letter by lot.
+
+    Args:
+        answer: as generated.
+        options: how many there are.
+    """
+    if match := _FIRST.match(answer) or _SAID.search(answer):
+        found = match[1].upper()
+    else:
+        bracketed = set(_BRACKETED.findall(answer))
+        found = bracketed.pop() if len(bracketed) == 1 else ""
+    return found if found in letters(options) else ""
+
+
+def row(prediction: str, answer: str, cluster: str, **more: object) -> dict[str, object]:
+    """A question as it is scored and kept in the samples file: `score` is 1 for the right letter or word."""
+    right = bool(prediction) and prediction == answer
+    return {"score": float(right), "prediction": prediction, "answer": answer, "cluster": cluster, **more}
