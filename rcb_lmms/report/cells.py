@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,29 +25,42 @@ if TYPE_CHECKING:
 # model_args that say where a model runs, not what it answers.
 PLACES = {"pretrained", "device", "dtype", "attn_implementation", "video_backend"}
 
+# What the samples of one cluster count for.
+COMBINE: dict[str | None, Callable[[list[float]], list[float]]] = {
+    None: lambda scores: scores,
+    # CircularEval: a question is right in every rotation of its options, or wrong.
+    "circular": lambda scores: [min(scores)],
+    # MME: accuracy plus the accuracy of pairs, in percent.
+    "pairs": lambda scores: [100 * sum(scores) / 2 + 100 * min(scores)] if len(scores) == 2 else [],
+}
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Scores of one task's samples and the labels of what groups them, both `(n,)`; `None` if samples have no score.
+    """What a column's number is the mean of, in one subtask, and the labels of what groups it, both `(n,)`."""
 
-    `digest` names the documents, so that runs over other data are never compared.
-    """
-
-    values: np.ndarray | None
-    clusters: np.ndarray | None
-    digest: str
+    values: np.ndarray
+    clusters: np.ndarray
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its value on the printed scale, retained visual tokens per question, and samples by subtask."""
+    """One run.
+
+    Attributes:
+        value: on the printed scale.
+        tokens: retained visual tokens per question; `layer_average` over the decoder's layers.
+        samples: by subtask; `None` if not every sample has a score of its own.
+        digest: of the documents, so that runs over other data are never compared.
+    """
 
     folder: Path
     pretrained: str | None
     value: float
     tokens: float
     layer_average: float
-    samples: tuple[Samples, ...]
+    samples: tuple[Samples, ...] | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Cell:
         """Per subtask, every sample's score averaged over seeds, and the clusters; `None` if samples have none."""
         import numpy as np
 
-        if any(samples.values is None for run in self.runs for samples in run.samples):
+        if any(run.samples is None for run in self.runs):
             return None
         by_subtask = zip(*(run.samples for run in self.runs), strict=True)
         return [(np.mean([part.values for part in parts], axis=0), parts[0].clusters) for parts in by_subtask]
@@ -141,7 +155,7 @@ def _check_comparable(block: Block, runs: list[Measured]) -> None:
         first = runs[0]
         kinds = {
             "different checkpoints": lambda run: run.pretrained,
-            "different samples": lambda run: [samples.digest for samples in run.samples],
+            "different samples": lambda run: run.digest,
         }
         for found, of in kinds.items():
             if of(run) != of(first):
@@ -175,14 +189,18 @@ def _read(folder: Path, entry: Entry, column: Benchmark) -> Measured:
         achieved = [record["achieved"][task] for task in subtasks]
         quantities = ("retained_visual_tokens", "layer_average_visual_tokens")
         tokens, average = (sum(float(task[name]) for task in achieved) / len(achieved) for name in quantities)
-        configs, sizes = results.get("configs", {}), results["n-samples"]
-        samples = [_samples(folder, task, column, configs.get(task, {}), sizes[task]["original"]) for task in subtasks]
+        sizes = [results["n-samples"][task]["original"] for task in subtasks]
     except (KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"{RECORD} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
     if not isinstance(value, (int, float)):
-        raise Unusable(f"{RESULTS} has no number for {column.metric}")
+        later = "; rcb captions adds it to the samples" if column.metric.endswith("_spice") else ""
+        raise Unusable(f"{RESULTS} has no number for {column.metric}{later}")
+    digest, samples = hashlib.sha256(), []
+    for task, size in zip(subtasks, sizes, strict=True):
+        samples += _samples(folder / f"samples_{task}.jsonl", size, column, digest)
     pretrained = record["arguments"].get("pretrained")
-    return Measured(folder, pretrained, value * column.scale, tokens, average, tuple(samples))
+    known = None if None in samples else tuple(samples)
+    return Measured(folder, pretrained, value * column.scale, tokens, average, known, digest.hexdigest())
 
 
 def _check_entry(record: dict[str, Any], entry: Entry) -> None:
@@ -199,41 +217,31 @@ def _check_entry(record: dict[str, Any], entry: Entry) -> None:
         raise Unusable(f"{RECORD} is of another run: " + ", ".join(differing))
 
 
-def _samples(folder: Path, task: str, column: Benchmark, config: dict[str, Any], expected: int) -> Samples:
+def _samples(path: Path, expected: int, column: Benchmark, digest: Any) -> list[Samples | None]:
+    """Samples of one task, MME's by subtask; a `None` if some have no score."""
     import numpy as np
 
-    path = folder / f"samples_{task}.jsonl"
     try:
         rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
-        digest = hashlib.sha256()
+        if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
+            raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
+        parts: dict[str, dict[str, list[float | None]]] = {}
         for row in rows:
             digest.update(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True).encode())
-        scored = [row for row in rows if row.get(column.metric) is not None]
-        values = [_score(row[column.metric]) for row in scored]
-        clusters = [_cluster(row, column, config.get("cluster_key")) for row in scored]
+            if (own := row.get(column.metric)) is not None:
+                own = own if isinstance(own, dict) else {"score": own}
+                part = own["category"] if column.combine == "pairs" else ""
+                # Without a label, a sample stands for itself.
+                label = str(row["doc_id"] if own.get("cluster") is None else own["cluster"])
+                parts.setdefault(part, {}).setdefault(label, []).append(own.get("score"))
     except (KeyError, TypeError, ValueError) as error:
         raise Unusable(f"{path.name} is damaged: {type(error).__name__} {error}") from error
-    if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
-        raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
-    if not values or None in values:
-        return Samples(None, None, digest.hexdigest())
-    labels, index = np.unique(clusters, return_inverse=True)
-    values = np.array(values, dtype=float)
-    if column.unit is None:
-        return Samples(values, labels[index], digest.hexdigest())
-    whole = np.ones(len(labels))
-    np.minimum.at(whole, index, values)
-    return Samples(whole, labels, digest.hexdigest())
-
-
-def _score(value: Any) -> float | None:
-    value = value.get("score") if isinstance(value, dict) else value
-    return float(value) if isinstance(value, (bool, int, float)) else None
-
-
-def _cluster(row: dict[str, Any], column: Benchmark, key: str | None) -> str:
-    """The label of what a sample stands and falls with: its image, or the question it is a rotation of."""
-    own = {**row["doc"], **(row[column.metric] if isinstance(row[column.metric], dict) else {})}
-    if column.unit is not None:
-        return str(int(own["index"]) % column.unit)
-    return str(own[key]) if key in own else str(row["doc_id"])
+    if not parts or any(None in scores for clusters in parts.values() for scores in clusters.values()):
+        return [None]
+    found = []
+    for clusters in parts.values():
+        combined = {label: COMBINE[column.combine](scores) for label, scores in clusters.items()}
+        labels = [label for label, values in combined.items() for _ in values]
+        values = [value for values in combined.values() for value in values]
+        found.append(Samples(np.array(values, dtype=float), np.array(labels)))
+    return found

@@ -34,7 +34,9 @@ def numbers(table: PaperTable) -> pd.DataFrame:
                 place = table.layout.place(block, row, heading) if pd.notna(values.get("published")) else ""
                 head = {"table": table.layout.key, "block": block.title, "row": row.label, "column": heading}
                 rows.append({**head, "place": place, **values, "control": row.control})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    texts = ["table", "block", "row", "column", "place", "control", "folder"]
+    return frame.astype({name: float for name in frame.columns.difference(texts)})
 
 
 def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Benchmark) -> dict[str, Any]:
@@ -92,8 +94,9 @@ def _printed_elsewhere(layout: Layout, row: Row, parts: list[dict[str, Any]]) ->
 def comparisons(table: PaperTable) -> pd.DataFrame:
     """RCB against every other row of its block and the unpruned model, column by column, on the same samples.
 
-    Columns: `block`, `row`, `against`, `column`, `samples`, `difference` of the mean sample score in points with `low`
-    and `high` (95%, bootstrap over images), `p` (permutation of whole images, two-sided).
+    Columns: `block`, `row`, `against`, `column`, `samples` (whole questions in CircularEval, images in MME),
+    `difference` on the printed scale with `low` and `high` (95%, bootstrap over images), `p` (permutation of whole
+    images, two-sided).
     """
     import pandas as pd
 
@@ -104,7 +107,7 @@ def comparisons(table: PaperTable) -> pd.DataFrame:
         if row.method == "rcb"
         for column in table.layout.columns
         for label, other in _others(table, block, row, column)
-        if (found := _compared(table.cell(block, row, column), other)) is not None
+        if (found := _compared(column, table.cell(block, row, column), other)) is not None
     ]
     return pd.DataFrame(
         rows, columns=["block", "row", "against", "column", "samples", "difference", "low", "high", "p"]
@@ -121,16 +124,17 @@ def _others(table: PaperTable, block: Block, row: Row, column: Benchmark) -> Ite
             yield other.label, table.cell(block, other, column)
 
 
-def _compared(cell: Cell | None, other: Cell | None) -> dict[str, float] | None:
+def _compared(column: Benchmark, cell: Cell | None, other: Cell | None) -> dict[str, float] | None:
     import numpy as np
 
     if cell is None or other is None or (mine := cell.scores()) is None or (theirs := other.scores()) is None:
         return None
     pairs = [(first, second, clusters) for (first, clusters), (second, _) in zip(mine, theirs, strict=True)]
     total = sum(len(first) for first, *_ in pairs)
-    # Subtasks count alike, whatever their sizes; labels are told apart by the subtask.
-    weighted = [(first - second) * total / (len(pairs) * len(first)) for first, second, _ in pairs]
-    labels = [np.char.add(f"{number} ", clusters.astype(str)) for number, (*_, clusters) in enumerate(pairs)]
-    interval = mean_interval(100 * np.concatenate(weighted), np.concatenate(labels))
+    # Subtasks count alike, whatever their sizes: MVBench is their mean, MME their sum.
+    unit = column.scale * (len(pairs) if column.combine == "pairs" else 1)
+    weighted = [unit * (first - second) * total / (len(pairs) * len(first)) for first, second, _ in pairs]
+    labels = [np.char.add(f"{number} ", clusters) for number, (*_, clusters) in enumerate(pairs)]
+    interval = mean_interval(np.concatenate(weighted), np.concatenate(labels))
     bounds = {"difference": interval.mean, "low": interval.low, "high": interval.high}
     return {"samples": total, **bounds, "p": paired_p(pairs)}

@@ -22,9 +22,8 @@ same line. ±: standard deviation over the seeds of random pruning. Tokens: reta
 column where columns differ. Blank: not printed, or not all of its runs are there."""
 
 COMPARED = """\
-Differences of the mean sample score, in points, with 95% confidence intervals (bootstrap over images) and two-sided p \
-(permutation of whole images), on the same samples; random averaged over its seeds, sample by sample. For MME the \
-sample score is accuracy, not the sum of the column."""
+Differences in the column's unit with 95% confidence intervals (bootstrap over images) and two-sided p (permutation of \
+whole images), on the same samples; random averaged over its seeds, sample by sample."""
 
 # What LaTeX engines do not find in their fonts.
 LATEX = {"×": r"$\times$", "±": r"$\pm$", "τ": r"$\tau$"}

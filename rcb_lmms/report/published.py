@@ -24,14 +24,14 @@ class Benchmark:
     """A column: its heading as printed, our task and metric, what brings it to the printed scale.
 
     Attributes:
-        unit: where only whole groups of samples count, the modulus of a sample's `index` that names its group.
+        combine: `circular` or `pairs`, where the number is not the mean of its samples' scores.
     """
 
     heading: str
     task: str
     metric: str
     scale: float
-    unit: int | None = None
+    combine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def paired_p(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> floa
     per_task = [[cluster_sums(values, clusters)[0] / len(values) for values in two] for *two, clusters in pairs]
     first, second = (np.concatenate(sums) for sums in zip(*per_task, strict=True))
     differing = first != second
-    if not differing.any():
+    if differing.sum() < 2:  # swapped or not, one difference is as large
         return 1.0
     result = permutation_test(
         (first[differing], second[differing]),
