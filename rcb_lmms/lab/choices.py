@@ -38,22 +38,12 @@ class Choice:
         return Question(self.kind, f"Question:{self.text}\nOption:\n{listed}", LETTERS[self.right], self.about)
 
 
-def several_choices(
-    objects: Sequence[SceneObject], home: Sequence[int], pictures: int, kind: str, random: np.random.Generator
-) -> list[Choice]:
-    """A question about `pictures` images; `home` says which image each of the visible `objects` belongs to."""
+def several_choices(objects: Sequence[SceneObject], kind: str, random: np.random.Generator) -> list[Choice]:
+    """A question about the visible `objects` of several images together."""
     if kind == "attribute":
         return _attribute(objects, random, "in the images")
     if kind == "retrieval":
         return _shown(objects, random, "Which of these do the images show?")
-    if kind == "which":
-        alone = _only_in_one(objects, home)
-        if not alone:
-            return []
-        phrase = str(random.choice(sorted(alone)))
-        about = tuple(n for n, item in enumerate(objects) if phrase in (item.kind, item.phrase))
-        names = tuple(f"image {COUNT_WORDS[number + 1]}" for number in range(pictures))
-        return [Choice("which", f"Which image shows a {phrase}?", names, alone[phrase], about)]
     # Existence is asked as a choice too: its options teach letters first.
     return _existence(objects, random, "in any of the images")
 
@@ -79,7 +69,7 @@ def video_choices(
     return []
 
 
-SEVERAL_KINDS = ("attribute", "retrieval", "which", "existence_choice")
+SEVERAL_KINDS = ("attribute", "retrieval", "existence_choice")
 VIDEO_KINDS = ("moving_direction", "moving_count", "moving_attribute", "object_existence")
 
 
@@ -119,12 +109,3 @@ def _existence(objects, random, place: str, kind: str = "existence_choice") -> l
     options = ("yes", "no") if random.random() < 0.5 else ("no", "yes")
     about = tuple(n for n, item in enumerate(objects) if phrase in (item.kind, item.phrase))
     return [Choice(kind, f"Is there a {phrase} {place}?", options, options.index(answer), about)]
-
-
-def _only_in_one(objects, home) -> dict[str, int]:
-    """Phrases that hold of one image alone, and which."""
-    seen: dict[str, set[int]] = {}
-    for item, number in zip(objects, home, strict=True):
-        for phrase in (item.kind, item.phrase):
-            seen.setdefault(phrase, set()).add(number)
-    return {phrase: min(places) for phrase, places in seen.items() if len(places) == 1}

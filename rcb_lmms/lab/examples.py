@@ -36,7 +36,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Example:
-    """Objects (those of all pictures, in order), the picture each belongs to, and the panels with the names of theirs.
+    """Objects (those of all pictures, in order), and the panels with the names of their pictures.
 
     `medium` is `plain` (one view), `tiled` (base view and tiles), `several` (images) or `video`.
     """
@@ -44,7 +44,6 @@ class Example:
     medium: str
     scene: Scene | MovingScene
     objects: tuple[SceneObject, ...]
-    home: tuple[int, ...]
     panels: tuple[Panel, ...]
     keys: tuple[tuple, ...]
 
@@ -62,9 +61,9 @@ def panel_of(scene: Scene) -> Panel:
 def plain(split: str, index: int, panels: int = 1) -> Example:
     """One scene, seen in one panel or (as a base view and a tile of the same size) in two."""
     scene = make_scene(split, index)
-    home, keys = (0,) * len(scene.objects), ((split, index),) * panels
+    keys = ((split, index),) * panels
     medium = "plain" if panels == 1 else "tiled"
-    return Example(medium, scene, scene.objects, home, (panel_of(scene),) * panels, keys)
+    return Example(medium, scene, scene.objects, (panel_of(scene),) * panels, keys)
 
 
 def large(split: str, index: int, tiles: bool = True) -> Example:
@@ -73,20 +72,19 @@ def large(split: str, index: int, tiles: bool = True) -> Example:
     views = scene.views()[: None if tiles else 1]
     panels = tuple(panel_of(view) for view in views)
     keys = tuple((split, index, number) for number in range(len(views)))
-    return Example("tiled", scene, scene.objects, (0,) * len(scene.objects), panels, keys)
+    return Example("tiled", scene, scene.objects, panels, keys)
 
 
 def several(split: str, indices: list[int]) -> Example:
     """Several scenes, a panel each; an object's index counts on from scene to scene."""
     scenes = [make_scene(split, index) for index in indices]
-    panels, objects, home = [], [], []
-    for number, scene in enumerate(scenes):
+    panels, objects = [], []
+    for scene in scenes:
         panel = panel_of(scene)
         panels.append(dataclasses.replace(panel, owner=np.where(panel.owner < 0, -1, panel.owner + len(objects))))
         objects += scene.objects
-        home += [number] * len(scene.objects)
     keys = tuple((split, index) for index in indices)
-    return Example("several", scenes[0], tuple(objects), tuple(home), tuple(panels), keys)
+    return Example("several", scenes[0], tuple(objects), tuple(panels), keys)
 
 
 def video(split: str, index: int, frames: int = FRAMES) -> Example:
@@ -96,7 +94,7 @@ def video(split: str, index: int, frames: int = FRAMES) -> Example:
     numbers = range(FRAMES // frames - 1, FRAMES, FRAMES // frames)
     panels = tuple(_pooled(panel_of(moving.frame(number))) for number in numbers)
     keys = tuple((split, index, "frame", number) for number in numbers)
-    return Example("video", moving, moving.objects, (0,) * len(moving.objects), panels, keys)
+    return Example("video", moving, moving.objects, panels, keys)
 
 
 def pixels_of(key: tuple) -> np.ndarray:

@@ -115,7 +115,7 @@ def token_count(random: np.random.Generator, progress: float) -> int:
     """How many image tokens a batch keeps: few and telling ones at first, later anything up to all."""
     if progress < 0.2:
         return int(random.choice([20, 28, 36]))
-    whole = 0.1 if progress < 0.75 else 0.4
+    whole = 0.1 if progress < 0.5 else 0.4
     return TOKENS if random.random() < whole else int(random.choice(_THINNED))
 
 

@@ -20,7 +20,6 @@ MUIRBENCH_TASKS = {
     "attribute": "Attribute Similarity",
     "retrieval": "Visual Retrieval",
     "existence_choice": "Scene Understanding",
-    "which": "Image-Text Matching",
 }
 # Subtask -> where MVBench keeps its videos, below HF_HOME/mvbench_video.
 VIDEO_FOLDERS = dict.fromkeys(
@@ -30,7 +29,7 @@ VIDEO_FRAMES, VIDEO_FPS = 32, 16
 
 
 def muirbench_rows(split: str, items: int) -> list[dict]:
-    """`items` questions of each task about two to four scenes; in image-text matching the text marks the images."""
+    """`items` questions of each task about two to four scenes; every other text says where the images stand."""
     rows = []
     for kind, task in MUIRBENCH_TASKS.items():
         number = written = 0
@@ -39,7 +38,7 @@ def muirbench_rows(split: str, items: int) -> list[dict]:
             first = 4 * number
             number += 1
             example = several(f"{split}-{kind}", [first + k for k in range(2 + int(random.integers(3)))])
-            found = several_choices(example.objects, example.home, len(example.panels), kind, random)
+            found = several_choices(example.objects, kind, random)
             if not found:
                 continue
             (choice,) = found
@@ -51,7 +50,7 @@ def muirbench_rows(split: str, items: int) -> list[dict]:
                     "task": task,
                     "image_relation": "Independent",
                     "image_type": "Synthetic",
-                    "question": ("".join(marks) if kind == "which" else "") + choice.text,
+                    "question": ("".join(marks) if written % 2 else "") + choice.text,
                     "options": list(choice.options),
                     "answer": choice.lettered().answer,
                     "image_list": [_png(scene_split, index) for scene_split, index in example.keys],

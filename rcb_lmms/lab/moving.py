@@ -1,4 +1,4 @@
-"""Moving scenes: one object travels from near the middle to a side, up to two others stand still."""
+"""Moving scenes: one object travels from the middle to a side, up to two others stand still."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _path(random: np.random.Generator, size: int, step: tuple[int, int]) -> tupl
     ends = []
     for axis in range(2):
         if step[axis] == 0:
-            place = int(random.integers(low, high + 1))
+            place = middle + int(random.integers(-14, 15))
             ends.append((place, place))
         else:
             start = middle - step[axis] * int(random.integers(0, 22))

@@ -1,7 +1,8 @@
 """A hint for the second stage: words are told where to look.
 
-Where a question names an object, one head should look at that object's image tokens, and where an answer is a letter,
-one head of the last layer at the option it stands for.
+Where a question names an object, one head should look at that object's image tokens; from the end of the question one
+head of the next layer should look at that name; and where the answer is a letter, one head of the last layer at the
+option it stands for.
 Retrieving what one named object among several looks like, and which option says so, are steps that answers alone teach
 too slowly for a short training: left alone, the model averages over all objects for a long time.
 """
@@ -17,7 +18,7 @@ from rcb_lmms.lab.packing import Packed
 from rcb_lmms.lab.scenes import SceneObject
 
 # The second layer is the first in which a noun can know its adjective.
-NOUN_LAYER, OPTION_LAYER = 1, 3
+NOUN_LAYER, NAME_LAYER, OPTION_LAYER = 1, 2, 3
 
 
 def points_of(prompt: list[int], objects: Sequence[SceneObject], visible, wording) -> list[tuple[int, list[int]]]:
@@ -68,7 +69,7 @@ class Pointing:
         """Mean of -log(attention on the meant tokens) of the last forward pass, over the points of kind `what`.
 
         `points[row][question]` lists (kind, place in the prompt, what is meant): slots for a noun, places in the same
-        prompt for an option.
+        prompt for the others.
         """
         import torch
 
@@ -80,7 +81,7 @@ class Pointing:
                 for _, place, meant in own:
                     rows.append(row)
                     columns.append(start + place)
-                    targets.append(meant + (start if what == "option" else packed.image_start))
+                    targets.append(meant + (packed.image_start if what == "noun" else start))
         if not rows:
             return self._hidden.sum() * 0
         wanted = torch.full((len(rows), self._hidden.shape[1]), -torch.inf, device=self._hidden.device)

@@ -49,7 +49,7 @@ STAGES = {
     ),
     "llava_onevision": (
         TOWER,
-        Stage("language", steps=1600, batch=24, pool=2000, learning_rate=1.2e-3, warmup_steps=60),
+        Stage("language", steps=3000, batch=12, pool=1280, learning_rate=1.2e-3, warmup_steps=60),
     ),
 }
 
@@ -181,7 +181,7 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
     from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
     from rcb_lmms.lab.packing import run_packed
-    from rcb_lmms.lab.pointing import NOUN_LAYER, OPTION_LAYER, Pointing
+    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing
 
     torch.manual_seed(seed + 1)
     processor = make_processor(family)
@@ -192,7 +192,10 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
     model.get_input_embeddings().weight.register_hook(_without_token_zero)
     wording, pool = lab.Wording(processor.tokenizer), lab.FeaturePool(tower, device)
     text = model.model.language_model
-    nouns, options = Pointing(text, NOUN_LAYER), Pointing(text, OPTION_LAYER)
+    pointing = {
+        what: Pointing(text, layer)
+        for what, layer in (("noun", NOUN_LAYER), ("name", NAME_LAYER), ("option", OPTION_LAYER))
+    }
     modules = torch.nn.ModuleDict({"projector": model.model.multi_modal_projector, "text": text})
     if family != "llava":
         modules["newline"] = torch.nn.ParameterList([model.model.image_newline])
@@ -207,10 +210,10 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
         loss, right = lab.answer_loss(model, run_packed(model, packed, features), packed)
         naming = lab.naming_loss(model, features, views, wording, random)
         points = [view.points for view in views]
-        looks = {"nouns": nouns.loss(packed, points, "noun"), "options": options.loss(packed, points, "option")}
+        looks = {what: head.loss(packed, points, what) for what, head in pointing.items()}
         figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
         figures |= {name: value.item() for name, value in looks.items()}
-        return loss + 0.2 * (naming + looks["nouns"] + looks["options"]), figures
+        return loss + 0.2 * (naming + sum(looks.values())), figures
 
     evaluate = _evaluator(family, model, lab.FeaturePool(tower, device), wording)
     run_stage(stage, out, modules, step_loss, seed=seed, evaluate=evaluate)

@@ -103,6 +103,8 @@ def make_view(example: Example, count: int, wording, random: np.random.Generator
             ("noun", place, np.concatenate([slots_of[i] for i in meant]))
             for place, meant in points_of(prompted.prompt, example.objects, visible, wording)
         ]
+        if looks and question.kind not in ("position", "where"):  # which have two names
+            looks.append(("name", len(prompted.prompt) - 1, np.array([looks[0][1]])))
         points.append(looks + option_places(prompted.prompt, question.answer, wording))
     return dataclasses.replace(view, questions=questions, points=points)
 
@@ -141,7 +143,7 @@ def _ask(view: View, pairs: int, random: np.random.Generator, progress: float) -
     objects = [view.example.objects[index] for index in visible]
     medium = view.example.medium
     if medium in ("several", "video"):
-        return _choices(view, visible, objects, pairs - 1, random) + _loose(objects, medium, random)
+        return _choices(view, objects, pairs - 1, random) + _loose(objects, medium, random)
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
     if not objects:
         return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
@@ -164,7 +166,7 @@ KIND_WEIGHTS = {
 }  # fmt: skip
 
 
-def _choices(view: View, visible, objects, number: int, random) -> list[tuple[Question, str]]:
+def _choices(view: View, objects, number: int, random) -> list[tuple[Question, str]]:
     asked, example = [], view.example
     if example.medium == "video":
         frames = np.unique(view.panel[view.shown & (view.owner == 0)])
@@ -173,11 +175,8 @@ def _choices(view: View, visible, objects, number: int, random) -> list[tuple[Qu
             found = video_choices(objects, example.scene.direction, moves, str(kind), random)
             asked += [(choice.bracketed(), BEST_SUFFIX) for choice in found]
         return asked
-    home = [example.home[index] for index in visible]
-    marked = (view.panel == TEXT).sum() > len(example.panels)
-    kinds = SEVERAL_KINDS if marked else tuple(kind for kind in SEVERAL_KINDS if kind != "which")
-    for kind in random.choice(kinds, size=number):
-        found = several_choices(objects, home, len(example.panels), str(kind), random)
+    for kind in random.choice(SEVERAL_KINDS, size=number, p=(0.45, 0.35, 0.2)):
+        found = several_choices(objects, str(kind), random)
         asked += [(choice.lettered(), LETTER_SUFFIX) for choice in found]
     return asked
 
