@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rcb_lmms.errors import UserError, exit_on_user_error
+from rcb_lmms.regress.cli import regress_app
 
 app = typer.Typer(
     help="Evaluate visual token pruning on the LLaVA family, through stock lmms-eval, at matched budgets.",
@@ -22,6 +23,7 @@ lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, c
 app.add_typer(codebook_app, name="codebook")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(lab_app, name="lab")
+app.add_typer(regress_app, name="regress")
 
 Device = Annotated[str | None, typer.Option(help="Torch device; cuda if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]

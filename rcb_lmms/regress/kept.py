@@ -1,0 +1,135 @@
+"""Which visual tokens stay of a question, and which are so close to the cut that another CPU may decide anew."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.engine.generation import left_pad
+from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.selection import select
+from rcb_lmms.pruners.fastv import FastV
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rcb_lmms.engine.encoding import ImageEncoder
+    from rcb_lmms.families.base import Family, Prompt
+    from rcb_lmms.families.images import Visual
+    from rcb_lmms.pruners.base import Pruner
+
+# Distances from the cut within which rounding may decide. Measured between instruction sets (SSE, AVX2, AVX-512) and
+# thread counts on the laboratory in float32: cosines differ by up to 1e-6, attention by up to 3e-5 of its value.
+NEAR_COSINE = 1e-5
+NEAR_ATTENTION = 2e-4
+
+
+@dataclass(frozen=True)
+class KeptSet:
+    """One view, or for FastV one prompt: how many candidates, those that stay, and those near the cut."""
+
+    native: int
+    kept: frozenset[int]
+    near: frozenset[int]
+
+    def to_json(self) -> list[Any]:
+        """`[native, "kept as ranges", "near as ranges"]`."""
+        return [self.native, ranges(self.kept), ranges(self.near)]
+
+    @classmethod
+    def from_json(cls, parts: list[Any]) -> KeptSet:
+        """The inverse of `to_json`."""
+        native, kept, near = parts
+        return cls(int(native), indices(kept), indices(near))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`{0, 1, 2, 5}` -> `0-2 5`."""
+    runs = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    ends = [(own[0][1], own[-1][1]) for own in (list(run) for _, run in runs)]
+    return " ".join(f"{first}-{last}" if last > first else str(first) for first, last in ends)
+
+
+def indices(text: str) -> frozenset[int]:
+    """The inverse of `ranges`.
+
+    Raises:
+        ValueError: not made by `ranges`.
+    """
+    ends = [tuple(map(int, part.split("-"))) for part in text.split()]
+    return frozenset(number for run in ends for number in range(run[0], run[-1] + 1))
+
+
+def near_the_cut(scores: Tensor, kept: Tensor, threshold: float | None = None) -> frozenset[int]:
+    """Tokens whose side of the cut rounding could change.
+
+    With a threshold, scores are cosines, near it if they are within `NEAR_COSINE`. Otherwise the cut lies between the
+    lowest score that stays and the highest that goes, and near is `NEAR_ATTENTION` of these. Where the scores do not
+    decide (PruMerge+ with its grid, scores that are all the same), nothing is near: all tokens are held exactly.
+
+    Args:
+        scores: `(n,)`, higher = keep.
+        kept: `(k,)` indices.
+        threshold: of the scores.
+    """
+    import torch
+
+    scores = scores.double().cpu()
+    if threshold is not None:
+        return _where((scores - threshold).abs() <= NEAR_COSINE)
+    stays = torch.zeros(len(scores), dtype=torch.bool)
+    stays[kept.cpu()] = True
+    if stays.all() or not stays.any() or bool((scores == scores[0]).all()):
+        return frozenset()
+    lowest, highest = scores[stays].min(), scores[~stays].max()
+    if lowest < highest:
+        return frozenset()
+    low, high = lowest - NEAR_ATTENTION * lowest.abs(), highest + NEAR_ATTENTION * highest.abs()
+    return _where(torch.where(stays, scores <= high, scores >= low))
+
+
+def _where(mask: Tensor) -> frozenset[int]:
+    return frozenset(mask.nonzero().flatten().tolist())
+
+
+def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: list[Visual]) -> list[KeptSet]:
+    """What stays of one question, view by view; under FastV, one set over all visual tokens of the prompt.
+
+    Args:
+        encoder: of the run that answered, whose stored views are those the answer was made from.
+        pruner: as fitted.
+        ids: token ids of the prompt, as `Family.chat` gives them.
+        visuals: opened images and videos.
+    """
+    if isinstance(pruner, FastV):
+        prompt = encoder.family.embed(ids, encoder.packed(visuals, pruner))
+        return [_kept_behind_layer(encoder.family, pruner, prompt, encoder.per)] if prompt.spans else []
+    threshold = None
+    if pruner.budget is not None and pruner.budget.kind == "threshold":
+        threshold = -pruner.budget.value  # scores are minus the redundancy that the budget bounds
+    selections = [own for views in encoder.views(visuals) for own in select(pruner, views, encoder.per)]
+    return [
+        KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))
+        for own in selections
+    ]
+
+
+def _kept_behind_layer(family: Family, pruner: FastV, prompt: Prompt, per: str) -> KeptSet:
+    """FastV's choice for one prompt, positions counted among its visual tokens; one prefill."""
+    import torch
+
+    rank = pruner.rank(prompt.retained, family.layers, prompt.views if per == "view" else prompt.visuals)
+    embeds, mask, _ = left_pad([prompt])
+    with (
+        torch.inference_mode(),
+        prune_at_layer(
+            family.model, layer=pruner.layer, keep=rank, spans=[list(prompt.spans)], mode=pruner.mode
+        ) as pruning,
+    ):
+        family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    candidates = torch.cat([torch.arange(start, stop) for start, stop in prompt.spans])
+    kept = torch.searchsorted(candidates, pruning.kept[0])
+    near = near_the_cut(pruning.scores[0], kept)
+    return KeptSet(len(candidates), frozenset(kept.tolist()), near)
