@@ -115,7 +115,7 @@ def token_count(random: np.random.Generator, progress: float) -> int:
     """How many image tokens a batch keeps: few and telling ones at first, later anything up to all."""
     if progress < 0.2:
         return int(random.choice([20, 28, 36]))
-    whole = 0.1 if progress < 0.5 else 0.4
+    whole = 0.1 if progress < 0.5 else 0.25
     return TOKENS if random.random() < whole else int(random.choice(_THINNED))
 
 
@@ -126,7 +126,7 @@ def draw_examples(family: str, split: str, indices, random: np.random.Generator,
     if family == "llava_next":
         tiles = random.random() < 0.75
         return [examples.large(split, LARGE_FIRST + int(index) % LARGE_POOL, tiles) for index in indices]
-    medium = random.choice(["tiled", "several", "video"], p=[0.2, 0.45, 0.35])
+    medium = random.choice(["tiled", "several", "video"], p=[0.15, 0.4, 0.45])
     if medium == "tiled":
         return [examples.plain(split, first + int(index), panels=2) for index in indices]
     if medium == "video":

@@ -49,7 +49,7 @@ STAGES = {
     ),
     "llava_onevision": (
         TOWER,
-        Stage("language", steps=3000, batch=12, pool=1280, learning_rate=1.2e-3, warmup_steps=60),
+        Stage("language", steps=2800, batch=12, pool=1280, learning_rate=1.2e-3, warmup_steps=60),
     ),
 }
 

@@ -143,7 +143,7 @@ def _ask(view: View, pairs: int, random: np.random.Generator, progress: float) -
     objects = [view.example.objects[index] for index in visible]
     medium = view.example.medium
     if medium in ("several", "video"):
-        return _choices(view, objects, pairs - 1, random) + _loose(objects, medium, random)
+        return _choices(view, objects, pairs - 1, random) + _loose(view, objects, random)
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
     if not objects:
         return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
@@ -169,10 +169,8 @@ KIND_WEIGHTS = {
 def _choices(view: View, objects, number: int, random) -> list[tuple[Question, str]]:
     asked, example = [], view.example
     if example.medium == "video":
-        frames = np.unique(view.panel[view.shown & (view.owner == 0)])
-        moves = bool(len(frames)) and 2 * (frames[-1] - frames[0] + 1) > len(example.panels)
-        for kind in random.choice(VIDEO_KINDS, size=number, p=(0.4, 0.2, 0.2, 0.2)):
-            found = video_choices(objects, example.scene.direction, moves, str(kind), random)
+        for kind in random.choice(VIDEO_KINDS, size=number, p=(0.4, 0.3, 0.15, 0.15)):
+            found = video_choices(objects, example.scene.direction, _moves(view), str(kind), random)
             asked += [(choice.bracketed(), BEST_SUFFIX) for choice in found]
         return asked
     for kind in random.choice(SEVERAL_KINDS, size=number, p=(0.45, 0.35, 0.2)):
@@ -181,9 +179,25 @@ def _choices(view: View, objects, number: int, random) -> list[tuple[Question, s
     return asked
 
 
-def _loose(objects, medium: str, random: np.random.Generator) -> list[tuple[Question, str]]:
-    """What single images are asked too, here of all pictures together: it keeps what is known and teaches the rest."""
+def _moves(view: View) -> bool:
+    """Whether the moving object of a video is seen through most of it."""
+    frames = np.unique(view.panel[view.shown & (view.owner == 0)])
+    return bool(len(frames)) and 2 * (frames[-1] - frames[0] + 1) > len(view.example.panels)
+
+
+def _loose(view: View, objects, random: np.random.Generator) -> list[tuple[Question, str]]:
+    """What single images are asked too, here of all pictures together, and choices without their letters.
+
+    It keeps what is known and teaches the rest: a letter is learned quickly once the word it stands for is.
+    """
     scene = Scene("", 0, "plain", tuple(objects))
+    if view.example.medium == "video" and objects:
+        count = COUNT_WORDS[len(objects)]
+        asked = [Question("open_count", "How many objects are in the video?", count)]
+        if _moves(view):
+            text = f"In which direction does the {objects[0].phrase} move in the video?"
+            asked.append(Question("open_direction", text, view.example.scene.direction))
+        return [(question, PHRASE_SUFFIX) for question in asked]
     asked = probe(scene, random) if random.random() < 0.3 else []
     if objects:
         kinds = ("open", "pope") if len(objects) > 1 else ("open",)
