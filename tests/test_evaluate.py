@@ -1,0 +1,248 @@
+"""`rcb eval` on a tiny random checkpoint: every run in its folder, once, whatever happens in between."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import test_models
+import yaml
+from typer.testing import CliRunner
+
+from rcb_lmms import evaluate as module
+from rcb_lmms.cli import app
+from rcb_lmms.errors import UserError
+from rcb_lmms.evaluate import evaluate, locked, read_configs
+from rcb_lmms.runs import make_task_manager, read_record, working_directory
+
+# As in a terminal of its own: `rcb` is on no path where the suite runs from a checkout.
+RCB = [sys.executable, "-c", "from rcb_lmms.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def managers():
+    """Making one takes seconds, and the tests' tasks ask every model alike."""
+    shared = functools.cache(lambda: make_task_manager())
+    return lambda entry: shared()
+
+
+@pytest.fixture
+def write_config(tmp_path, checkpoint):
+    """Write a configuration of runs given as (name, model, model_args, tasks)."""
+
+    def write(*runs, file="runs.yaml", **more) -> str:
+        entries = [
+            {
+                "model": model,
+                "model_args": f"pretrained={checkpoint}{arguments}",
+                "tasks": tasks,
+                "batch_size": 8,
+                "log_samples": True,
+                "output_path": f"results/{name}",
+                **more,
+            }
+            for name, model, arguments, tasks in runs
+        ]
+        (tmp_path / file).write_text(yaml.safe_dump(entries))
+        return str(tmp_path / file)
+
+    return write
+
+
+@pytest.fixture
+def run(pope_tree, tmp_path, monkeypatch, managers):
+    """Evaluate in this process; returns the problems."""
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "make_task_manager", managers)
+
+    def call(*configs, tree=pope_tree, **options):
+        with working_directory(tree):
+            return evaluate(configs, tmp_path / "results", **options)
+
+    return call
+
+
+FULL, RANDOM = ("full", "llava_full", "", "pope"), ("random", "llava_random", ",keep=3,seed=42", "pope")
+
+
+def test_runs_are_made_once_and_fill_the_table(write_config, run, tmp_path, capsys):
+    config = write_config(FULL, RANDOM)
+    assert run(config) == []
+    record = read_record(tmp_path / "results" / "random" / "pope")
+    assert (record["status"], record["tasks"]) == ("success", ["pope"])
+    assert (record["arguments"]["keep"], record["arguments"]["seed"]) == ("3", "42")
+    assert "[2/2] random pope " in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json*")}
+    assert run(config) == []
+    assert capsys.readouterr().out.count("done before") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json*")}
+    shown = CliRunner().invoke(app, ["table", str(tmp_path / "results")])
+    assert shown.exit_code == 0
+    assert [line.split()[0] for line in shown.stdout.splitlines()[-3:-1]] == ["none", "random"]
+
+
+def test_a_failed_run_stops_no_other_and_sets_the_exit_status(write_config, run, pope_tree, tmp_path, monkeypatch):
+    broken = test_models.broken_tree(pope_tree, tmp_path / "broken")
+    config = write_config(FULL, RANDOM, ("lost", "llava_random", ",keep=99", "pope"))
+    problems = run(config, tree=broken)
+    assert len(problems) == 3
+    assert "4 samples failed" in problems[0]
+    assert "99" in problems[2]
+    # Mended, the same command makes what is missing. Only a budget that no view has goes on failing.
+    monkeypatch.chdir(pope_tree)
+    shown = CliRunner().invoke(app, ["eval", config, "--out", str(tmp_path / "results")])
+    assert shown.exit_code == 1
+    assert shown.stdout.count("failed") == 1
+    assert f"failed: {tmp_path / 'results' / 'lost' / 'pope'}: " in shown.stderr
+    assert read_record(tmp_path / "results" / "full" / "pope")["status"] == "success"
+
+
+def test_partial_runs_lie_apart(write_config, run, tmp_path):
+    config = write_config(RANDOM)
+    assert run(config, limit=4) == []
+    assert read_record(tmp_path / "results" / "limit-4" / "random" / "pope")["limit"] == 4
+    assert not (tmp_path / "results" / "random").exists()
+    assert run(config) == []
+    assert read_record(tmp_path / "results" / "random" / "pope")["totals"]["questions"] == 24
+
+
+def test_another_checkpoint_is_no_continuation(write_config, run, tmp_path):
+    config = write_config(RANDOM)
+    assert run(config) == []
+    (problem,) = run(config, pretrained="lab")
+    assert "holds another run" in problem
+
+
+def test_results_that_went_missing_are_said_to(write_config, run, tmp_path):
+    config = write_config(RANDOM)
+    folder = tmp_path / "results" / "random" / "pope"
+    assert run(config) == []
+    (folder / "results.json").unlink()
+    (problem,) = run(config)
+    assert problem.endswith(f"run.json speaks of: no results.json beside it; next: remove {folder} to run it again")
+    (folder / "run.json").write_text("{")
+    (problem,) = run(config)
+    assert "a damaged file" in problem
+
+
+# Killed
+
+
+SLOW = """
+import sys, time
+from rcb_lmms.models import base
+generate, versions, calls = base.generate, base.versions, []
+def slow(*arguments):
+    calls.append(1)
+    if len(calls) == {batches}:
+        print("STOPPED", flush=True)
+        time.sleep(600)
+    return generate(*arguments)
+base.generate = slow
+# Answers of changed sources are not kept, and a checkout under test may have changes.
+base.versions = lambda: versions() | {{"commit": "c0ffee"}}
+from rcb_lmms.cli import main
+sys.argv = ["rcb", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_killed_command_goes_on_where_it_was(write_config, pope_tree, tmp_path, monkeypatch, run):
+    from rcb_lmms.models import base
+
+    config = write_config(FULL, RANDOM)
+    results = tmp_path / "results"
+    environment = {**os.environ, "RCB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    # Three batches for each run: the fifth is the second of the second run.
+    command = [sys.executable, "-c", SLOW.format(batches=5), "eval", config, "--out", str(results)]
+    with subprocess.Popen(
+        command, cwd=pope_tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stdout:
+            if "STOPPED" in line:
+                break
+        assert read_record(results / "random" / "pope")["status"] == "started"
+        # A second command meanwhile: what is done is done, what is being written is refused.
+        (problem,) = run(config)
+        assert f"process {process.pid} writing there since" in problem
+        process.send_signal(signal.SIGKILL)
+    assert read_record(results / "random" / "pope")["status"] == "started"
+    versions = base.versions()
+    monkeypatch.setattr(base, "versions", lambda: versions | {"commit": "c0ffee"})
+    assert run(config) == []
+    record = read_record(results / "random" / "pope")
+    assert (record["totals"]["questions"], record["totals"]["resumed_questions"]) == (24, 8)
+    assert run(write_config(("again", *RANDOM[1:]), file="again.yaml")) == []
+    assert _answers(results / "again") == _answers(results / "random")
+
+
+def _answers(folder: Path) -> dict[int, list]:
+    rows = [json.loads(line) for line in (folder / "pope" / "samples_pope.jsonl").read_text().splitlines()]
+    return {row["doc_id"]: row["filtered_resps"] for row in rows}
+
+
+def test_a_lock_lasts_as_long_as_its_process(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from rcb_lmms.evaluate import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="just now"), locked(tmp_path):
+            pass
+        process.kill()
+    with locked(tmp_path):  # the file is still there
+        assert (tmp_path / "lock").exists()
+    began = time.perf_counter()
+    with locked(tmp_path):
+        assert time.perf_counter() - began < 5
+
+
+# Configurations
+
+
+BAD = {
+    "a run without tasks": {"model": "llava_full", "output_path": "results/a"},
+    "a run with gen_kwargs": {"model": "llava_full", "tasks": "pope", "output_path": "r/a", "gen_kwargs": "x=1"},
+    "none of `rcb list`": {"model": "llava_ful", "tasks": "pope", "output_path": "r/a"},
+    "not text": {"model": "llava_full", "tasks": ["pope"], "output_path": "r/a"},
+    "something else than runs": ["pope"],
+}
+
+
+@pytest.mark.parametrize("found", BAD)
+def test_a_configuration_is_refused_before_anything_runs(tmp_path, found):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(BAD[found]))
+    with pytest.raises(UserError, match=found) as error:
+        read_configs([path])
+    assert str(path) in str(error.value)
+
+
+def test_files_that_are_no_yaml_or_not_there_are_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("- {model: ")
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        read_configs([tmp_path / "bad.yaml"])
+    with pytest.raises(UserError, match=r"table-1_llava-1\.5-7b_64,"):
+        read_configs(["table-1"])
+
+
+def test_one_folder_takes_one_run(write_config):
+    same = [write_config(FULL, RANDOM, file="a.yaml"), write_config(RANDOM, file="b.yaml")]
+    assert [entry.name for entry in read_configs(same)] == ["full", "random"]
+    other = write_config(("random", "llava_random", ",keep=4", "pope"), file="c.yaml")
+    with pytest.raises(UserError, match="one run in random/pope"):
+        read_configs([*same, other])
+
+
+def test_unknown_tasks_are_refused_before_anything_runs(write_config, run, tmp_path):
+    with pytest.raises(UserError, match="the tasks poppe"):
+        run(write_config(FULL, ("b", "llava_full", "", "pope,poppe")))
+    assert not (tmp_path / "results").exists()
