@@ -123,6 +123,9 @@ def calibrate(
     own = {name: value for name, value in (("split", split), ("pack", pack)) if value is not None}
     loading = {"codebook": codebook, "preprocess": preprocess, "device": device, "dtype": dtype, **own}
     if tasks is not None:
+        from rcb_lmms.local_videos import use_local_videos
+
+        use_local_videos()  # before lmms-eval is imported
         from rcb_lmms.calibrate_tasks import calibrate_tasks
         from rcb_lmms.matching import for_terminal
 

@@ -8,6 +8,7 @@ processes does not change.
 from __future__ import annotations
 
 import fcntl
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -75,28 +76,36 @@ class ScoreFiles:
                 allowed="one program per pass, of any number of processes (torchrun)",
                 next_step="wait for it, then repeat the command: the finished pass is found again",
             ) from error
+        self._documents = (folder / f"documents-{rank}.jsonl").open("a+b")
+        self._documents.write(b"\n" if self._documents.tell() else b"")  # ends a line that a kill cut off
         ends = [row["end"] for row in read_jsonl(folder / f"images-{rank}.jsonl")]
         self._handle.truncate(max(ends, default=0) * 4)  # a kill can leave scores that no batch names
 
+    def flush(self) -> None:
+        """Let other processes see what was noted."""
+        self._documents.flush()
+
     def close(self) -> None:
-        """Let others write."""
+        """Write what is left, and let others write."""
+        self._documents.close()
         self._handle.close()
 
-    def documents(self) -> dict[int, list[Medium]]:
-        """The images and videos of each document that could be read."""
-        rows = self._rows("documents")
-        return {row["document"]: [tuple(own) for own in row["media"]] for row in rows if "media" in row}
-
-    def errors(self) -> dict[int, str]:
-        """What was wrong with each document that could not be read, and has not been since."""
-        readable = self.documents()
-        rows = self._rows("documents")
-        return {row["document"]: row["error"] for row in rows if "error" in row and row["document"] not in readable}
+    def documents(self) -> tuple[dict[int, list[Medium]], dict[int, str]]:
+        """By number, the images and videos of each document that could be read, and what was wrong with the others."""
+        self.flush()
+        media: dict[int, list[Medium]] = {}
+        errors: dict[int, str] = {}
+        for row in self._rows("documents"):
+            if "media" in row:
+                media[row["document"]] = [(key, frames) for key, frames in row["media"]]
+            else:
+                errors[row["document"]] = row["error"]
+        return media, {number: error for number, error in errors.items() if number not in media}
 
     def note_document(self, number: int, media: Sequence[Medium] | None, error: str = "") -> None:
-        """Keep what a document shows, or why it could not be read (`media` is `None`)."""
+        """Keep what a document shows, or why it could not be read (`media` is `None`); on disk with the next batch."""
         row = {"document": number} | ({"error": error} if media is None else {"media": media})
-        append_jsonl(self.folder / f"documents-{self.rank}.jsonl", row)
+        self._documents.write(json.dumps(row).encode() + b"\n")
 
     def finished(self) -> dict[str, list[ImageScores]]:
         """The images of each finished batch, by the batch's name."""
@@ -120,6 +129,7 @@ class ScoreFiles:
                 self._handle.write(own.astype("<f4").tobytes())
                 start += len(own)
             self._handle.flush()
+            self.flush()
         except OSError as error:
             raise unwritable(self._scores, error) from error
         append_jsonl(self.folder / f"images-{self.rank}.jsonl", {"batch": batch, "end": start, "images": rows})

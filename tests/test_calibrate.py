@@ -29,7 +29,7 @@ from rcb_lmms.matching import Baseline, fit_many, held_out
 from rcb_lmms.models import documents as passes
 from rcb_lmms.models.documents import Documents, score_documents
 from rcb_lmms.pruners import make_pruner
-from rcb_lmms.score_files import ScoreFiles
+from rcb_lmms.score_files import ImageScores, ScoredImages, ScoreFiles
 from rcb_lmms.thresholds import Chunk, Cut, find_cuts
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.
@@ -587,3 +587,22 @@ def test_reading_ahead_keeps_the_order_and_a_bound():
     assert len(started) <= 7
     assert list(results) == [2 * item for item in range(3, 20)]
     assert list(passes.ahead(io.StringIO, [], 2)) == []
+
+
+def test_memory_is_bounded_by_a_chunk_and_not_by_the_benchmark(tmp_path, monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setattr(score_files, "CHUNK_TOKENS", 1 << 14)
+    generator, files = np.random.default_rng(0), ScoreFiles(tmp_path, 0)
+    for number in range(400):
+        image = ImageScores(str(number), (2880,), 2880, 1, {})
+        files.append(str(number), [image], [generator.random(2880, dtype=np.float32)])
+    found = [image for own in files.finished().values() for image in own]
+    images = ScoredImages.of(tmp_path, found, Counter(image.key for image in found), "view")
+    tracemalloc.start()
+    (fit,) = fit_many(images, [64.0], 1)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    files.close()
+    assert fit.achieved == 64.0
+    assert peak_bytes < 400 * 2880 * 4  # less than the scores alone, of which sorting makes several copies

@@ -98,8 +98,10 @@ def score_documents(
         with whole_images_only():
             if size > 1:
                 run.list_documents(range(rank, len(documents.dataset), size))
+                files.flush()
                 gather(None)
             plan = run.encode(rank, size)
+        files.flush()
         gather(None)
         return run.result(plan)
     finally:
@@ -113,7 +115,7 @@ class _Pass:
 
     def list_documents(self, numbers: Iterable[int]) -> None:
         """Write down what documents show, for those of which it is not known."""
-        known = self.files.documents()
+        known, _ = self.files.documents()
         for number, visuals, error in ahead(self._try_open, [own for own in numbers if own not in known], READERS):
             self._note(number, visuals, error)
 
@@ -133,10 +135,9 @@ class _Pass:
 
     def result(self, plan: list[str]) -> TaskScores:
         """What the files of all processes hold now."""
-        finished, listed = self.files.finished(), self.files.documents()
+        finished, (listed, errors) = self.files.finished(), self.files.documents()
         images = [image for name in plan for image in finished[name]]
         weights = Counter(key for media in listed.values() for key, _ in media)
-        errors = self.files.errors()
         if not images:
             raise UserError(
                 wanted=f"the images of task {self.documents.task}",
@@ -165,8 +166,9 @@ class _Pass:
             yield batch
 
     def _media(self, size: int) -> Iterator[tuple[int, list[Medium], list[Visual | None]]]:
-        listed = self.files.documents()
-        failed = self.files.errors() if size > 1 else {}  # just now, by whoever had to open them
+        listed, failed = self.files.documents()
+        if size == 1:
+            failed = {}  # perhaps they can be read now; several processes have just tried
 
         def look(number: int) -> tuple[int, list[Visual] | None, str | None]:
             return (number, None, None) if number in listed or number in failed else self._try_open(number)

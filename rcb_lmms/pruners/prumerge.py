@@ -63,7 +63,7 @@ class PruMerge(Pruner):
     def count(self, view: VisualTokens) -> int:
         """Centres and the residual token, without merging anything."""
         check_needs(view, self)
-        return len(self._centres(view.cls_attention.float())) + 1
+        return self._count(count_outliers(view.cls_attention), len(view)) + 1
 
     def evidence(self, view: VisualTokens) -> Tensor | None:
         """The view's outliers and its native tokens, `(2,)` float32."""
@@ -148,6 +148,11 @@ class PruMergePlus(PruMerge):
     """
 
     name: ClassVar[str] = "prumerge_plus"
+
+    def count(self, view: VisualTokens) -> int:
+        """Centres, those of the grid included, and the residual token, without merging anything."""
+        check_needs(view, self)
+        return len(self._centres(view.cls_attention.float())) + 1
 
     def evidence(self, view: VisualTokens) -> None:
         """Nothing: a mean budget is met by a count."""
