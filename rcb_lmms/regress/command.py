@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import dataclasses
+import inspect
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,8 +78,6 @@ def _manager() -> Any:
 
 def _absolute(case: Case) -> Case:
     """Runs work inside the data folder, where a relative path would mean another file."""
-    import dataclasses
-
     paths = {
         name: str(Path(value).resolve())
         for name, value in case.model_args.items()
@@ -96,6 +95,14 @@ def _data(declaration: Declaration) -> Iterator[None]:
     from rcb_lmms.lab.data import write_data
     from rcb_lmms.runs import working_directory
 
+    allowed = set(inspect.signature(write_data).parameters) - {"out"}
+    if unknown := sorted(set(declaration.lab) - allowed):
+        raise UserError(
+            wanted=f"laboratory data with {', '.join(unknown)}",
+            found=f"unknown sizes in {declaration.path}",
+            allowed=", ".join(sorted(allowed)),
+            next_step="correct the declaration's lab",
+        )
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder, **declaration.lab)
         with working_directory(Path(folder)):
@@ -103,4 +110,4 @@ def _data(declaration: Declaration) -> Iterator[None]:
 
 
 def _indented(text: str) -> str:
-    return os.linesep.join(f"  {line}" for line in text.splitlines())
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -226,7 +226,7 @@ def _weights(family: Family) -> str:
 
     if family.revision:
         return str(family.revision)
-    folder = lab_checkpoint(family.name) if family.pretrained == "lab" else Path(family.pretrained)
+    folder = lab_checkpoint(family.name) if family.pretrained.partition(":")[0] == "lab" else Path(family.pretrained)
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     return _short_hash(json.dumps([[file.name, sha256_of(file)] for file in files]))
 
