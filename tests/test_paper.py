@@ -248,7 +248,7 @@ def test_a_complete_table_is_filled(whole):
 
 def test_methods_are_compared_on_the_same_samples(whole):
     frame = comparisons(measure(layout("table-1"), whole)).set_index(["block", "row", "against", "column"])
-    own = frame.loc["LLaVA-1.5 7B, retain 144 visual tokens", "Ours"]
+    own = frame.loc["LLaVA-1.5 7B, retain 144 visual tokens"].loc["Ours"]
     assert own.index.get_level_values("against").unique().tolist() == [
         "unpruned", "PruMerge", "FastV", "PruMerge+", "Random"
     ]  # fmt: skip
@@ -431,3 +431,21 @@ def test_a_missing_folder_and_an_unknown_table_are_errors(tmp_path):
         measure(layout("table-1"), tmp_path / "nothing")
     with pytest.raises(UserError, match="table 1, table 2, table 3, figure 9"):
         layout("table-7")
+
+
+def test_runs_of_single_tasks_are_one_row_of_the_plain_table(tmp_path):
+    from test_report import answers, write_run
+
+    from rcb_lmms.report.collect import collect
+
+    speed = {"totals": {"questions": 200, "questions_per_second": 10.0}}
+    write_run(tmp_path / "full" / "pope", "none", {"pope": answers(0.9)}, **speed)
+    slow = {"totals": {"questions": 100, "questions_per_second": 2.0}}
+    write_run(tmp_path / "full" / "mme", "none", {"mme": answers(0.8, 100)}, **slow)
+    ((run,), excluded) = collect(tmp_path)
+    assert (run.path, list(run.scores), excluded) == (tmp_path / "full", ["mme", "pope"], [])
+    assert run.record["totals"]["questions_per_second"] == pytest.approx(300 / (20 + 50))
+    _record(status="started")(tmp_path / "full" / "pope")
+    _record(status="started")(tmp_path / "full" / "mme")
+    with pytest.raises(UserError, match=r"none that can be used; the first: .*mme: not finished"):
+        collect(tmp_path)

@@ -26,7 +26,7 @@ class Benchmark:
         label: the task in headings.
         metrics: keys of a sample row, of which the first present holds the sample's score.
         cluster: what groups samples that are not independent: the image, for questions about one image.
-        chance: accuracy of guessing.
+        chance: accuracy of guessing, where it is one number.
         official: key in the results of the score the paper reports, where that is not the mean of the samples.
         official_label: its name in headings.
     """
@@ -34,9 +34,15 @@ class Benchmark:
     label: str
     metrics: tuple[str, ...]
     cluster: Callable[[dict[str, Any]], object]
-    chance: float
+    chance: float | None
     official: str | None = None
     official_label: str = ""
+
+
+def _cluster(row: dict[str, Any]) -> object:
+    """What this package's own tasks say of a sample: what it shares with others, or else itself."""
+    scored = next(value for key, value in row.items() if key.startswith("rcb_") and isinstance(value, dict))
+    return row["doc_id"] if scored.get("cluster") is None else scored["cluster"]
 
 
 BENCHMARKS = {
@@ -49,6 +55,19 @@ BENCHMARKS = {
         official="mme_perception_score,none",
         official_label="MME perception",
     ),
+    "rcb_pope": Benchmark("POPE (paper)", ("rcb_pope_accuracy",), _cluster, chance=0.5),
+    "rcb_mme": Benchmark(
+        "MME (paper)",
+        ("rcb_mme_perception", "rcb_mme_cognition"),
+        _cluster,
+        chance=0.5,
+        official="rcb_mme_perception,none",
+        official_label="MME perception (paper)",
+    ),
+    "rcb_seed_image": Benchmark("SEED-Image", ("rcb_seed_accuracy",), _cluster, chance=0.25),
+    "rcb_realworldqa": Benchmark("RealWorldQA", ("rcb_realworldqa_accuracy",), _cluster, chance=None),
+    "rcb_mantis": Benchmark("Mantis", ("rcb_mantis_accuracy",), _cluster, chance=None),
+    "rcb_muirbench": Benchmark("MuirBench", ("rcb_muirbench_accuracy",), _cluster, chance=None),
 }
 
 
@@ -119,7 +138,7 @@ def collect(results: Path) -> tuple[list[Run], list[Excluded]]:
     """Every run below a folder, by path: whole ones, and those that are left out (damaged, foreign, partial, failed).
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: there is no such folder, or no whole run in it.
     """
     results = Path(results)
     folders = sorted({path.parent for name in (RECORD, RESULTS) for path in results.rglob(name)})
@@ -136,6 +155,13 @@ def collect(results: Path) -> tuple[list[Run], list[Excluded]]:
             runs.append(_read(folder))
         except Unusable as error:
             excluded.append(Excluded(folder, str(error)))
+    if not runs:
+        raise UserError(
+            wanted=f"a table of the runs below {results}",
+            found=f"none that can be used; the first: {excluded[0].path}: {excluded[0].reason}",
+            allowed="whole runs of the tasks " + ", ".join(BENCHMARKS),
+            next_step="run them again, or rcb table --paper for the tasks of the paper's tables",
+        )
     return _joined(runs), excluded
 
 

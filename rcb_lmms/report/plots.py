@@ -84,7 +84,8 @@ def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
         mean, low, high = (100 * getattr(row, f"{task}_{name}") for name in ("accuracy", "low", "high"))
         panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
         panel.axhline(mean, color="black", linewidth=1.2, label=f"unpruned ({getattr(row, f'{task}_retained'):.0f})")
-    panel.axhline(100 * benchmark.chance, color="black", linestyle=":", linewidth=1.2, label="chance")
+    if benchmark.chance is not None:
+        panel.axhline(100 * benchmark.chance, color="black", linestyle=":", linewidth=1.2, label="chance")
     _axes(panel, pruned, task)
 
 
