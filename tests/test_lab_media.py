@@ -169,7 +169,7 @@ def test_packed_choices_learn(started):
             loss, _ = language.answer_loss(model, hidden, packed)
         assert torch.isfinite(loss)
         assert packed.weights.sum() == pytest.approx(sum(len(view.questions) for view in drawn), rel=1e-5)
-    assert media == ({"tiled"} if family == "llava_next" else {"tiled", "several", "video"})
+    assert media == ({"tiled"} if family == "llava_next" else {"doubled", "several", "video"})
 
 
 def test_videos_are_files_that_show_the_scene():

@@ -38,7 +38,8 @@ class Panel:
 class Example:
     """Objects (those of all pictures, in order), and the panels with the names of their pictures.
 
-    `medium` is `plain` (one view), `tiled` (base view and tiles), `several` (images) or `video`.
+    `medium` is `plain` (one view), `doubled` (base view and one tile), `tiled` (a large scene's base view and tiles),
+    `several` (images) or `video`.
     """
 
     medium: str
@@ -62,7 +63,7 @@ def plain(split: str, index: int, panels: int = 1) -> Example:
     """One scene, seen in one panel or (as a base view and a tile of the same size) in two."""
     scene = make_scene(split, index)
     keys = ((split, index),) * panels
-    medium = "plain" if panels == 1 else "tiled"
+    medium = "plain" if panels == 1 else "doubled"
     return Example(medium, scene, scene.objects, (panel_of(scene),) * panels, keys)
 
 

@@ -126,8 +126,8 @@ def draw_examples(family: str, split: str, indices, random: np.random.Generator,
     if family == "llava_next":
         tiles = random.random() < 0.75
         return [examples.large(split, LARGE_FIRST + int(index) % LARGE_POOL, tiles) for index in indices]
-    medium = random.choice(["tiled", "several", "video"], p=[0.15, 0.4, 0.45])
-    if medium == "tiled":
+    medium = random.choice(["doubled", "several", "video"], p=[0.25, 0.3, 0.45])
+    if medium == "doubled":
         return [examples.plain(split, first + int(index), panels=2) for index in indices]
     if medium == "video":
         frames = int(random.choice([4, 8, 16], p=[0.5, 0.4, 0.1]))
@@ -206,7 +206,7 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
     Without this the projector and the word embeddings take most of the training to find a common language.
     """
     import torch
-    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+    from torch.nn.functional import cross_entropy, smooth_l1_loss
 
     rows, slots, words, places = [], [], [], []
     for row, view in enumerate(views):
@@ -225,6 +225,31 @@ def naming_loss(model, features, views: list[View], wording: Wording, random: np
     wanted = torch.from_numpy(np.array(words)[chosen]).to(logits.device)
     named = sum(cross_entropy(logits, wanted[:, column]) for column in range(3)) / 3
     low, high = ([wording.word(word) for word in side] for side in zip(*_OPPOSITES, strict=True))
-    # A soft target makes the words a scale, so that places can be compared and not only told apart.
+    # A scale from low to high, as strong as the names, lets places be compared and not only told apart.
     offsets = torch.from_numpy(np.array(places)[chosen]).to(logits) - (GRID - 1) / 2
-    return named + 2 * binary_cross_entropy_with_logits(logits[:, high] - logits[:, low], offsets.sigmoid())
+    return named + 0.5 * smooth_l1_loss(logits[:, high] - logits[:, low], 1.5 * offsets)
+
+
+def place_loss(model, states, found, packed: Packed, views: list[View], wording: Wording):
+    """The name of an object, once it has looked at the object, should say where that lies, as its tokens do."""
+    import torch
+    from torch.nn.functional import smooth_l1_loss
+
+    if not found:
+        return states.sum() * 0
+    low, high = ([wording.word(word) for word in side] for side in zip(*_OPPOSITES, strict=True))
+    logits = model.lm_head(states)
+    middles = [views[row].places[meant - packed.image_start].mean(0) for row, _, meant in found]
+    offsets = torch.from_numpy(np.array([[x, y, y, y] for x, y in middles])).to(logits) - (GRID - 1) / 2
+    return smooth_l1_loss(logits[:, high] - logits[:, low], 1.5 * offsets)
+
+
+def word_loss(model, states, found, packed: Packed):
+    """Before it becomes a letter, the answer should be the word that the letter stands for."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    if not found:
+        return states.sum() * 0
+    words = torch.from_numpy(np.array([packed.tokens[row, meant[0]] for row, _, meant in found])).to(states.device)
+    return cross_entropy(model.lm_head(states), words)

@@ -73,22 +73,20 @@ class Pointing:
         """
         import torch
 
-        rows, columns, targets = [], [], []
-        for row, asked in enumerate(points):
-            for number, looks in enumerate(asked, 1):
-                own = [look for look in looks if look[0] == what]
-                start = int(np.argmax(packed.segments[row] == number)) if own else 0
-                for _, place, meant in own:
-                    rows.append(row)
-                    columns.append(start + place)
-                    targets.append(meant + (packed.image_start if what == "noun" else start))
-        if not rows:
+        found = placed(packed, points, what)
+        if not found:
             return self._hidden.sum() * 0
-        wanted = torch.full((len(rows), self._hidden.shape[1]), -torch.inf, device=self._hidden.device)
-        for point, slots in enumerate(targets):
-            wanted[point, torch.from_numpy(slots)] = 0
-        scores = self._scores(torch.tensor(rows), torch.tensor(columns))
+        wanted = torch.full((len(found), self._hidden.shape[1]), -torch.inf, device=self._hidden.device)
+        for point, (_, _, meant) in enumerate(found):
+            wanted[point, torch.from_numpy(meant)] = 0
+        rows, columns = (torch.tensor(values) for values in list(zip(*found, strict=True))[:2])
+        scores = self._scores(rows, columns)
         return (scores.logsumexp(-1) - (scores + wanted).logsumexp(-1)).mean()
+
+    def states(self, found: list[tuple[int, int, np.ndarray]]):
+        """What this layer reads at the places that `placed` found, `(p, d)`."""
+        rows, columns, _ = zip(*found, strict=True)
+        return self._hidden[list(rows), list(columns)]
 
     def _scores(self, rows, columns):
         """Attention logits of the first head at the given places, `(p, s)`."""
@@ -103,3 +101,15 @@ class Pointing:
         query, key = apply_rotary_pos_emb(query, key, *self._rotation)
         scores = (query[rows, 0, columns][:, None] @ key[rows, 0].transpose(1, 2))[:, 0] * attention.scaling
         return scores.float() + self._mask[rows, 0, columns]
+
+
+def placed(packed: Packed, points, what: str) -> list[tuple[int, int, np.ndarray]]:
+    """Row, column and meant columns of the points of kind `what` in a packed batch."""
+    found = []
+    for row, asked in enumerate(points):
+        for number, looks in enumerate(asked, 1):
+            own = [look for look in looks if look[0] == what]
+            start = int(np.argmax(packed.segments[row] == number)) if own else 0
+            for _, place, meant in own:
+                found.append((row, start + place, meant + (packed.image_start if what == "noun" else start)))
+    return found

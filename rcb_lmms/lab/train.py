@@ -49,7 +49,7 @@ STAGES = {
     ),
     "llava_onevision": (
         TOWER,
-        Stage("language", steps=2800, batch=12, pool=1280, learning_rate=1.2e-3, warmup_steps=60),
+        Stage("language", steps=3600, batch=12, pool=1280, learning_rate=4e-3, warmup_steps=60),
     ),
 }
 
@@ -181,7 +181,7 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
     from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
     from rcb_lmms.lab.packing import run_packed
-    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing
+    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing, placed
 
     torch.manual_seed(seed + 1)
     processor = make_processor(family)
@@ -212,6 +212,12 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
         points = [view.points for view in views]
         looks = {what: head.loss(packed, points, what) for what, head in pointing.items()}
         figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
+        if family == "llava_onevision":
+            for what, layer, told in (("noun", "name", lab.place_loss), ("option", "option", lab.word_loss)):
+                found = placed(packed, points, what)
+                states = pointing[layer].states(found) if found else features
+                own = (packed, views, wording) if what == "noun" else (packed,)
+                looks[f"{what}_told"] = told(model, states, found, *own)
         figures |= {name: value.item() for name, value in looks.items()}
         return loss + 0.2 * (naming + sum(looks.values())), figures
 

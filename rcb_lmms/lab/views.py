@@ -124,7 +124,8 @@ def lay_out(example: Example, kept: list[np.ndarray], wording, random: np.random
     if example.medium == "video":
         return [slot for row in rows for slot in row] + [newline]
     whole = all(len(tokens) == len(panel) for tokens, panel in zip(kept, example.panels, strict=True))
-    if example.medium == "tiled" and len(rows) > 1 and whole and random.random() < 0.6:
+    tiled = example.medium in ("doubled", "tiled")
+    if tiled and len(rows) > 1 and whole and random.random() < 0.6:
         # The native packing: the rows of all tiles side by side, a newline behind each.
         columns = example.scene.size[0] // (GRID * 14)
         for top in range(0, len(rows) - 1, columns):
@@ -134,7 +135,7 @@ def lay_out(example: Example, kept: list[np.ndarray], wording, random: np.random
                 slots.append(newline)
         return rows[0] + slots
     slots = [slot for row in rows for slot in row]
-    return slots + [newline] * (example.medium == "tiled" and (len(rows) == 1 or random.random() < 0.5))
+    return slots + [newline] * (tiled and (len(rows) == 1 or random.random() < 0.5))
 
 
 def _ask(view: View, pairs: int, random: np.random.Generator, progress: float) -> list[tuple[Question, str]]:
@@ -162,6 +163,7 @@ KIND_WEIGHTS = {
         "pope": 0.13, "existence": 0.02, "color": 0.07, "count": 0.14, "position": 0.20, "side": 0.12, "OCR": 0.05,
         "open": 0.07, "where": 0.20,
     },
+    "doubled": {"pope": 0.25, "existence": 0.05, "color": 0.15, "open": 0.1, "side": 0.1, "where": 0.35},
     "tiled": {"pope": 0.5, "existence": 0.1, "color": 0.25, "open": 0.15},
 }  # fmt: skip
 
@@ -169,7 +171,7 @@ KIND_WEIGHTS = {
 def _choices(view: View, objects, number: int, random) -> list[tuple[Question, str]]:
     asked, example = [], view.example
     if example.medium == "video":
-        for kind in random.choice(VIDEO_KINDS, size=number, p=(0.4, 0.3, 0.15, 0.15)):
+        for kind in random.choice(VIDEO_KINDS, size=number, p=(0.55, 0.2, 0.15, 0.1)):
             found = video_choices(objects, example.scene.direction, _moves(view), str(kind), random)
             asked += [(choice.bracketed(), BEST_SUFFIX) for choice in found]
         return asked
@@ -197,6 +199,9 @@ def _loose(view: View, objects, random: np.random.Generator) -> list[tuple[Quest
         if _moves(view):
             text = f"In which direction does the {objects[0].phrase} move in the video?"
             asked.append(Question("open_direction", text, view.example.scene.direction))
+        still = tuple(item for item in objects if item is not view.example.objects[0])
+        if still:
+            asked += KINDS_OF_QUESTION["where"](dataclasses.replace(scene, objects=still), random)
         return [(question, PHRASE_SUFFIX) for question in asked]
     asked = probe(scene, random) if random.random() < 0.3 else []
     if objects:
