@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 from rcb_lmms import doctor
 from rcb_lmms.cli import app
 from rcb_lmms.errors import UserError
-from rcb_lmms.runs import make_task_manager, run_evaluation, working_directory
+from rcb_lmms.models.questions import Generation
+from rcb_lmms.resources import data_dir
+from rcb_lmms.runs import run_evaluation, working_directory
 from rcb_lmms.scoring import caption_data, captions, corenlp, java, spice
 from rcb_lmms.scoring.rescore import add_scores
 
@@ -233,7 +235,7 @@ def test_without_java_a_metric_is_blank_and_the_captions_are_kept(no_java, tmp_p
     with caplog.at_level(logging.WARNING):
         blank = [captions.aggregate(items_of(rows, metric)) for metric in rows[0]]
     assert blank == [None] * 4
-    assert "CIDER is left blank: not found" in caplog.text
+    assert "CIDEr is left blank: not found" in caplog.text
     (kept,) = (tmp_path / "cache" / "captions").glob("*.jsonl")
     assert f"rcb captions {kept}" in caplog.text
     monkeypatch.setenv("PATH", f"{Path(JAVA).parent}:/usr/bin:/bin")
@@ -449,15 +451,24 @@ def write_task_data(folder: Path) -> Path:
 TASKS = ["rcb_nocaps_val", "rcb_flickr30k", "rcb_dc100"]
 
 
+def our_tasks(entry: str):
+    """A task manager of our tasks alone, which is quick to make."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("ERROR", include_path=str(data_dir("tasks")), include_defaults=False, model_name=entry)
+
+
 @pytest.fixture
 def runs(checkpoint, tmp_path, monkeypatch):
-    """Run the caption tasks on a tiny model; returns the run's folder."""
+    """Run the caption tasks on a tiny model, whose random bytes become words; returns the run's folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    tree = write_task_data(tmp_path / "tree")
+    monkeypatch.setattr(Generation, "cut", lambda _, text: f"Two dogs, {len(text)} cats: {WORDS[len(text) % 20]}.")
+    tree, tasks = write_task_data(tmp_path / "tree"), our_tasks("llava_full")
 
     def run(name: str) -> Path:
+        arguments, out = {"pretrained": checkpoint}, tmp_path / name
         with working_directory(tree):
-            return run_evaluation("llava_full", {"pretrained": checkpoint}, TASKS, tmp_path / name, batch_size=8)
+            return run_evaluation("llava_full", arguments, TASKS, out, batch_size=8, task_manager=tasks)
 
     return run
 
@@ -504,7 +515,7 @@ def test_scores_added_after_a_run_without_java_are_those_of_the_run_with_it(runs
     captions._tokens.clear()
     files = [str(run / f"samples_{task}.jsonl") for task in TASKS[:2]]
     shown = CliRunner().invoke(app, ["captions", *files])
-    assert shown.exit_code == 0, shown.output
+    assert shown.exit_code == 0, shown.exception
     assert "rcb_nocaps_spice_out" in shown.output
     after = scores_of(run)
     for task in TASKS:
@@ -564,7 +575,7 @@ def test_prompt_and_lengths_are_the_papers(entry, length, tmp_path, monkeypatch)
     with working_directory(write_task_data(tmp_path / "tree")):
         from lmms_eval.tasks import get_task_dict
 
-        tasks = get_task_dict(TASKS, make_task_manager(entry))
+        tasks = get_task_dict(TASKS, our_tasks(entry))
     for name, expected in zip(TASKS, (length, length, 512), strict=True):
         assert tasks[name].config.generation_kwargs == {
             "max_new_tokens": expected,

@@ -10,6 +10,7 @@ from importlib import metadata
 import pytest
 
 from rcb_lmms import doctor, resources
+from rcb_lmms.models import ENTRIES
 
 
 def found(checks, name: str) -> doctor.Check:
@@ -33,7 +34,8 @@ def test_this_machine_can_run_the_package(capsys):
         assert not check.essential or check.ok
         assert check.ok or (check.cost and check.mend)
     assert found(checks, "torch").found == metadata.version("torch")
-    assert "6 entries registered (llava)" in found(checks, "lmms-eval models").found
+    count = sum(len(methods) for methods in ENTRIES.values())
+    assert f"{count} entries registered ({', '.join(ENTRIES)})" in found(checks, "lmms-eval models").found
 
 
 def test_nothing_heavy_is_imported_to_see_the_entries():
@@ -156,7 +158,8 @@ def test_a_missing_laboratory_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     check = doctor._laboratory()
     assert (check.ok, check.essential) == (False, False)
-    assert check.mend.startswith("rcb lab train --out ")
+    assert check.mend.startswith("rcb lab train ")
+    assert f"--out {tmp_path / 'checkpoints'}" in check.mend
 
 
 def test_a_torch_that_does_not_load_is_broken(monkeypatch):

@@ -71,7 +71,8 @@ def aggregate(items: list[Item]) -> float | None:
     try:
         return score(items, kind)
     except UserError as error:
-        say(f"{kind.upper()} is left blank: {error.found}")
+        name = {"cider": "CIDEr", "spice": "SPICE"}[kind]
+        say(f"{name} is left blank: {error.found}")
         if not domain:
             _keep(data, items, error.next_step)
         return None

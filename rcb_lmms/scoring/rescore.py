@@ -103,7 +103,7 @@ def _check(samples: Samples) -> None:
         raise _unusable(samples.path, "samples that appear twice" if count else "no sample")
     if samples.results is None:
         return
-    expected = _read_results(samples.results)["results"].get(samples.task, {}).get("samples")
+    expected = _read_results(samples.results)["n-samples"].get(samples.task, {}).get("effective")
     if expected != count:
         raise _unusable(samples.path, f"{count} samples, where {samples.results.name} has {expected}")
 
@@ -111,7 +111,7 @@ def _check(samples: Samples) -> None:
 def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["results"].items()
+        results["results"].items(), results["n-samples"].items()
         return results
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unusable(path, f"damaged ({type(error).__name__}: {error})") from error
