@@ -338,7 +338,10 @@ def lab_data(
     sizes = {"pope_images": pope_images, "mme_images": mme_images}
     sizes |= {"muirbench_items": muirbench_items, "mvbench_videos": mvbench_videos}
     typer.echo(f"wrote {write_data(out, family=family, **sizes)}")
-    typer.echo(f"next: cd {out} && lmms_eval --model {family}_rcb --model_args pretrained=lab,keep=36 --tasks pope,mme")
+    arguments, tasks = "pretrained=lab,keep=36", "pope,mme"
+    if family == "llava_onevision":
+        arguments, tasks = "pretrained=lab,keep=9,max_frames_num=8", "muirbench,mvbench_moving_direction"
+    typer.echo(f"next: cd {out} && lmms_eval --model {family}_rcb --model_args {arguments} --tasks {tasks}")
 
 
 @lab_app.command("images")
@@ -351,7 +354,7 @@ def lab_images(
     from rcb_lmms.lab.data import codebook_images
 
     typer.echo(f"wrote {len(codebook_images(out, count, family))} scenes to {out}")
-    typer.echo(f"next: rcb codebook build --model lab --images {out} --out lab.safetensors")
+    typer.echo(f"next: rcb codebook build --model lab:{family} --images {out} --out lab.safetensors")
 
 
 @lab_app.command("check")
