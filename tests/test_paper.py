@@ -384,6 +384,16 @@ def test_one_missing_seed_leaves_the_cell_blank(small):
     assert frame.loc[("Random", "Mantis-test"), "seeds"] == 3
 
 
+def test_an_average_with_a_blank_is_blank(whole, tmp_path):
+    for name in ("llava_full", "llava_rcb_keep-64"):
+        shutil.copytree(whole / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "llava_rcb_keep-64" / "rcb_mme")
+    frame = numbers(measure(layout("table-1"), tmp_path)).set_index(["row", "column"])["measured"]
+    assert frame["w/o Split 576×", "VQA, %"].tolist()[0] == 100
+    assert np.isnan(frame["Ours", "VQA, %"]).all()
+    assert np.isnan(frame["Ours", "captions, %"]).tolist() == [True, False, True, True, True]
+
+
 def test_without_the_unpruned_model_nothing_is_relative(small):
     shutil.rmtree(small / "llava_onevision_full")
     frame = numbers(measure(layout("table-2"), small)).set_index(["row", "column"])
