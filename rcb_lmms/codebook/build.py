@@ -154,6 +154,8 @@ def _manifest(family: Family, images: list[Path], settings: BuildSettings) -> di
         "family": family.name,
         "preprocess": family.preprocess,
         "template": family.template,
+        # Decides whether a newline stands behind what the experiments show.
+        **({"pack": family.packing} if "pack" in family.options else {}),
         "dtype": str(family.pad_embedding.dtype).removeprefix("torch."),
         "weights": _fingerprint(family),
         "experiment": _resolved(settings, {"single_repeats": family.single_repeats}),
