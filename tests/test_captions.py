@@ -216,6 +216,8 @@ def test_an_error_of_the_true_scorer_is_told_in_one_line(own_places):
 
 
 def test_absent_and_damaged_jars_are_told_and_nothing_else_is_taken(own_places, monkeypatch):
+    fetched = own_places / "cache" / "corenlp"
+    shutil.copytree(own_places / "corenlp", fetched)
     (own_places / "corenlp" / corenlp.JARS[1]).write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError) as error:
         corenlp.corenlp_jars()
@@ -223,6 +225,8 @@ def test_absent_and_damaged_jars_are_told_and_nothing_else_is_taken(own_places, 
     assert "rcb doctor --fetch-spice" in error.value.next_step
     monkeypatch.delenv(corenlp.VARIABLE)
     monkeypatch.setattr(corenlp, "pycocoevalcap_dir", lambda: own_places)
+    assert corenlp.corenlp_jars() == [fetched / name for name in corenlp.JARS]
+    shutil.rmtree(fetched)
     with pytest.raises(UserError, match=r"stanford-corenlp-3\.6\.0-models\.jar"):
         corenlp.corenlp_jars()
     check = doctor._spice()
