@@ -60,8 +60,9 @@ def as_rgb(image: Image | str | Path) -> Image:
 
     name = str(image) if isinstance(image, (str, Path)) else "an image"
     try:
-        opened = pil.open(image) if isinstance(image, (str, Path)) else image
-        opened.load()
+        with whole_images_only():
+            opened = pil.open(image) if isinstance(image, (str, Path)) else image
+            opened.load()
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         raise UserError(
             wanted=f"read {name}",
