@@ -100,6 +100,9 @@ def _evaluate(
     from rcb_lmms.models.ledger import RUNS
 
     known = len(RUNS)
+    task_manager = task_manager or make_task_manager()
+    # Tasks choose their words by the entry: a manager that served another one would ask in that one's.
+    task_manager.model_name = entry
     results = simple_evaluate(
         model=entry,
         model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
@@ -108,7 +111,7 @@ def _evaluate(
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
-        task_manager=task_manager or make_task_manager(entry),
+        task_manager=task_manager,
         verbosity="ERROR",
     )
     (run,) = RUNS[known:]
