@@ -39,6 +39,9 @@ def main() -> None:
             sys.argv += ["--include_path", str(data_dir("tasks"))]
         started = time.time()
         problems = _watch_errors()
+        from rcb_lmms.models.ledger import RUNS
+
+        RUNS.clear()  # of earlier calls in this process, which say nothing about this one
         outputs = _outputs()
         if outputs:
             from rcb_lmms.models import journal
