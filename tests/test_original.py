@@ -414,6 +414,13 @@ def test_a_checkpoint_without_tokenizer(save):
         load_family(str(folder))
 
 
+def test_a_tokenizer_that_is_cut_off(save):
+    folder = save("llava")
+    (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes()[:1000])
+    with pytest.raises(UserError, match="its tokenizer"):
+        load_family(str(folder))
+
+
 # Writing
 
 

@@ -25,13 +25,14 @@ def load_tokenizer(original: Original) -> Any:
 
     source = original.source
     try:
-        if source.file("tokenizer.json") is None and source.file("tokenizer.model") is not None:
+        named_llama = "Llama" in str(source.json("tokenizer_config.json").get("tokenizer_class"))
+        if source.file("tokenizer.model") and (named_llama or not source.file("tokenizer.json")):
             tokenizer = _from_sentencepiece(original)
         else:
             # A configuration, because the checkpoint's own has a type that Hugging Face takes for another's, or lacks.
             config = AutoConfig.for_model(ARCHITECTURES[original.architecture])
             tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, config=config)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise original.refused(
             "its tokenizer",
             " ".join(str(error).split())[:200],
