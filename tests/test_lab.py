@@ -13,7 +13,7 @@ import torch
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab import data, questions
-from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor, make_tower, preprocess
+from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor
 from rcb_lmms.lab.examples import plain
 from rcb_lmms.lab.language import Wording
 from rcb_lmms.lab.packing import pack, run_packed
@@ -21,6 +21,7 @@ from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, m
 from rcb_lmms.lab.tower import patch_labels
 from rcb_lmms.lab.train import LANGUAGE, LOG_NAME, TOWER, train
 from rcb_lmms.lab.views import choose_tokens, make_view
+from rcb_lmms.lab.vision import make_tower, preprocess
 
 SCENES = [make_scene("test", index) for index in range(60)]
 

@@ -48,7 +48,7 @@ def test_panels_are_what_the_image_processor_cuts():
 
 
 def language_pixels(scene):
-    from rcb_lmms.lab.checkpoint import preprocess
+    from rcb_lmms.lab.vision import preprocess
 
     return preprocess(np.stack(scene.panel_pixels()))
 

@@ -89,7 +89,7 @@ class FeaturePool:
     def _compute(self, keys: list[tuple]) -> np.ndarray:
         import torch
 
-        from rcb_lmms.lab.checkpoint import preprocess, read_tower
+        from rcb_lmms.lab.vision import preprocess, read_tower
 
         pixels = preprocess(np.stack([examples.pixels_of(key) for key in keys])).to(self._device)
         with torch.no_grad():

@@ -155,8 +155,9 @@ def train_tower(out: Path, stage: Stage, *, family: str, device: str, seed: int)
     """The first stage; returns the trained tower."""
     import torch
 
-    from rcb_lmms.lab.checkpoint import VISION_WIDTH, make_tower, preprocess, starting_model
+    from rcb_lmms.lab.checkpoint import starting_model
     from rcb_lmms.lab.tower import batch_of, make_heads, tower_loss
+    from rcb_lmms.lab.vision import VISION_WIDTH, make_tower, preprocess
 
     torch.manual_seed(seed)
     modules = torch.nn.ModuleDict({"tower": make_tower(family), "heads": make_heads(VISION_WIDTH)}).to(device)
