@@ -149,7 +149,7 @@ def _packing(method: str, split: bool, pack: str) -> str:
         raise UserError(
             wanted=f"pack=spatial_unpad with {method}",
             found="a method that prunes before the language model; unpadding and a newline per row need the whole grid",
-            allowed="auto, flat, flat_newline; spatial_unpad with " + ", ".join(WHOLE),
+            allowed="auto, flat, flat_newline; spatial_unpad with the entries full and fastv",
             next_step="pack=auto, which is flat for tiles",
         )
     return "spatial_unpad" if pack == "auto" and whole and split else pack
