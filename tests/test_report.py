@@ -544,3 +544,17 @@ def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
     assert [len(own.indices) for own in kept.values()] == [5, 5]
     assert max(own.indices.max() for own in kept.values()) < 16
     assert pictures.kept_tokens_picture(family, pruners, [image], tmp_path / "kept.png").stat().st_size > 5000
+
+
+def test_the_target_counts_every_view_of_a_question():
+    from rcb_lmms.report.collect import Run
+
+    def run(**record):
+        return Run(Path("x"), {"resolved": {"pruner": {"budget": "tokens=16"}, "per": "view"}, **record}, {}, {})
+
+    achieved = {"pope": {"views": 4.0}, "mme": {"views": 3.0}}
+    assert run(calibrations={}, achieved=achieved).target == 16 * 3.5
+    fitted = {"pope": {"target": 16.0}, "mme": {"target": 16.0}}
+    assert run(calibrations=fitted, achieved=achieved).target == 16 * 3.5
+    whole = run(calibrations=fitted, achieved=achieved, resolved={"pruner": {"budget": "tokens=16"}, "per": "image"})
+    assert whole.target == 16

@@ -99,7 +99,7 @@ class PruMerge(Pruner):
         def mean(scale: float) -> float:
             return float(shares @ (np.clip(np.rint(scale * outliers), 1, native - 1) + 1))
 
-        if not mean(scales[0]) <= target <= mean(scales[-1]) + 1e-9:
+        if not mean(scales[0]) - 1e-9 <= target <= mean(scales[-1]) + 1e-9:
             raise UserError(
                 wanted=f"a mean of {target:g} retained tokens per view from {self.name}",
                 found=f"means from {mean(scales[0]):g} (one centre and the residual token) to {mean(scales[-1]):g}",

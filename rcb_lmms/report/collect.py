@@ -115,11 +115,19 @@ class Run:
     def target(self) -> float | None:
         """Retained visual tokens per question that were asked for, averaged over the tasks; `None` if unpruned."""
         if self.record["calibrations"]:
-            return _mean(calibration["target"] for calibration in self.record["calibrations"].values())
+            return _mean(
+                calibration["target"] * self._shares(task) for task, calibration in self.record["calibrations"].items()
+            )
         kind, _, value = str(self.record["resolved"]["pruner"].get("budget")).partition("=")
         if kind == "ratio" and (native := self.mean("native_visual_tokens")) is not None:
             return float(value) * native
-        return float(value) if kind == "tokens" else None
+        shares = _mean(map(self._shares, self.record["achieved"])) or 1
+        return float(value) * shares if kind == "tokens" else None
+
+    def _shares(self, task: str) -> float:
+        """How often a question of a task spends the budget: once for each of its views, unless that is per image."""
+        per_view = self.record["resolved"].get("per", "view") == "view"
+        return self.record["achieved"].get(task, {}).get("views", 1) if per_view else 1
 
     def mean(self, quantity: str) -> float | None:
         """An achieved quantity, averaged over the tasks."""
