@@ -19,7 +19,7 @@ from rcb_lmms.lab.language import Wording
 from rcb_lmms.lab.packing import pack, run_packed
 from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
 from rcb_lmms.lab.tower import patch_labels
-from rcb_lmms.lab.train import LANGUAGE, LOG_NAME, TOWER, train
+from rcb_lmms.lab.train import BENCHMARKS, LANGUAGE, LOG_NAME, TOWER, train
 from rcb_lmms.lab.views import choose_tokens, make_view
 from rcb_lmms.lab.vision import make_tower, preprocess
 
@@ -280,12 +280,10 @@ def test_tokens_are_thinned_by_taste():
 
 # Training
 
-TINY = {
-    "tower_stage": dataclasses.replace(TOWER, steps=4, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1),
-    "language_stage": dataclasses.replace(
-        LANGUAGE, steps=4, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1
-    ),
-}
+TINY = tuple(
+    dataclasses.replace(stage, steps=4, batch=2, pool=4, save_every=2, log_every=1, warmup_steps=1)
+    for stage in (TOWER, LANGUAGE, BENCHMARKS)
+)
 
 
 @pytest.fixture
@@ -302,7 +300,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, m
 
     from rcb_lmms.lab import language
 
-    whole = train(tmp_path / "whole", **TINY)
+    whole = train(tmp_path / "whole", stages=TINY)
     genuine, calls = language.make_view, []
 
     def killed(*args):
@@ -313,9 +311,9 @@ def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, m
 
     monkeypatch.setattr(language, "make_view", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", **TINY)
+        train(tmp_path / "parts", stages=TINY)
     assert not (tmp_path / "parts/model.safetensors").exists()
-    parts = train(tmp_path / "parts", **TINY)
+    parts = train(tmp_path / "parts", stages=TINY)
     one, two = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -325,10 +323,9 @@ def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, m
 
 
 def test_training_lowers_the_loss(tmp_path, few_evaluation_scenes):
-    stages = {name: dataclasses.replace(stage, steps=16, save_every=16) for name, stage in TINY.items()}
-    train(tmp_path, **stages)
+    train(tmp_path, stages=[dataclasses.replace(stage, steps=16, save_every=16) for stage in TINY])
     rows = [row for row in read_jsonl(tmp_path / LOG_NAME) if "loss" in row]
-    for stage in ("tower", "language"):
+    for stage in ("tower", "language", "benchmarks"):
         losses = [row["loss"] for row in rows if row["stage"] == stage]
         assert len(losses) == 16
         assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])

@@ -1,20 +1,17 @@
-"""Questions with lettered options, about several images and about videos, in the formats of MuirBench and MVBench."""
+"""Questions with lettered options: about one image, several images, and videos."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rcb_lmms.lab.moving import DIRECTIONS
+from rcb_lmms.lab.prompts import LETTERS
 from rcb_lmms.lab.questions import COUNT_WORDS, Question
 from rcb_lmms.lab.scenes import COLOURS, SHAPES, SceneObject
-
-LETTERS = "ABCDE"
-LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-BEST_SUFFIX = "Only give the best option.\n"
 
 
 @dataclass(frozen=True)
@@ -27,15 +24,27 @@ class Choice:
     right: int
     about: tuple[int, ...] = ()
 
-    def lettered(self) -> Question:
-        """In the words of MuirBench, MMBench and SEED-Bench, without suffix."""
-        listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
-        return Question(self.kind, self.text + listed, LETTERS[self.right], self.about)
+    @property
+    def letter(self) -> str:
+        """The letter of the right option."""
+        return LETTERS[self.right]
 
-    def bracketed(self) -> Question:
-        """In the words of MVBench, without suffix."""
-        listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, self.options, strict=False))
-        return Question(self.kind, f"Question:{self.text}\nOption:\n{listed}", LETTERS[self.right], self.about)
+    def asked(self, wording: Callable[[Choice], str]) -> Question:
+        """The question in a benchmark's words, one of `prompts`."""
+        return Question(self.kind, wording(self), self.letter, self.about)
+
+
+def image_choices(
+    objects: Sequence[SceneObject], kind: str, random: np.random.Generator, options: int = 4
+) -> list[Choice]:
+    """A question about the visible `objects` of one image, with at most so many options."""
+    if kind == "attribute":
+        return _attribute(objects, random, "in the image", options=options)
+    if kind == "identity":
+        return _identity(objects, random, options)
+    if kind == "retrieval":
+        return _shown(objects, random, "Which of the options does the image show?", options)
+    return _existence(objects, random, "in the image")
 
 
 def several_choices(objects: Sequence[SceneObject], kind: str, random: np.random.Generator) -> list[Choice]:
@@ -49,11 +58,18 @@ def several_choices(objects: Sequence[SceneObject], kind: str, random: np.random
 
 
 def video_choices(
-    objects: Sequence[SceneObject], direction: str, moves: bool, kind: str, random: np.random.Generator
+    objects: Sequence[SceneObject],
+    direction: str,
+    moves: bool,
+    kind: str,
+    random: np.random.Generator,
+    options: int = 4,
 ) -> list[Choice]:
     """A question about a video whose first object moves; `moves` says whether that one can be seen."""
     if kind == "moving_direction" and moves:
-        words = tuple(str(word) for word in random.permutation(list(DIRECTIONS)))
+        # Two options are opposites.
+        words = next(pair for pair in _AXES if direction in pair) if options == 2 else tuple(DIRECTIONS)
+        words = tuple(str(word) for word in random.permutation(words))
         text = f"In which direction does the {objects[0].phrase} move in the video?"
         return [Choice(kind, text, words, words.index(direction), (0,))]
     if kind == "moving_count" and objects:
@@ -63,14 +79,16 @@ def video_choices(
         right = words.index(COUNT_WORDS[len(objects)])
         return [Choice(kind, "How many objects are in the video?", words, right, tuple(range(len(objects))))]
     if kind == "moving_attribute":
-        return _attribute(objects, random, "in the video", kind)
+        return _attribute(objects, random, "in the video", kind, options)
     if kind == "object_existence":
         return _existence(objects, random, "in the video", kind)
     return []
 
 
+IMAGE_KINDS = ("attribute", "identity", "retrieval", "existence_choice")
 SEVERAL_KINDS = ("attribute", "retrieval", "existence_choice")
 VIDEO_KINDS = ("moving_direction", "moving_count", "moving_attribute", "object_existence")
+_AXES = (("left", "right"), ("up", "down"))
 
 
 def _options(right: str, wrong: Sequence[str], random: np.random.Generator, count: int = 4) -> tuple[tuple, int]:
@@ -79,24 +97,35 @@ def _options(right: str, wrong: Sequence[str], random: np.random.Generator, coun
     return tuple(options[index] for index in order), int(np.flatnonzero(order == 0)[0])
 
 
-def _attribute(objects, random, place: str, kind: str = "attribute") -> list[Choice]:
+def _attribute(objects, random, place: str, kind: str = "attribute", options: int = 4) -> list[Choice]:
     counts = Counter(item.kind for item in objects)
     unique = [n for n, item in enumerate(objects) if counts[item.kind] == 1 and item.kind in SHAPES]
     if not unique:
         return []
     index = int(random.choice(unique))
-    options, right = _options(objects[index].colour, list(COLOURS), random)
-    return [Choice(kind, f"What color is the {objects[index].kind} {place}?", options, right, (index,))]
+    words, right = _options(objects[index].colour, list(COLOURS), random, options)
+    return [Choice(kind, f"What color is the {objects[index].kind} {place}?", words, right, (index,))]
 
 
-def _shown(objects, random, text: str) -> list[Choice]:
-    phrases = sorted({item.phrase for item in objects})
+def _identity(objects, random, options: int) -> list[Choice]:
+    counts = Counter(item.colour for item in objects)
+    unique = [n for n, item in enumerate(objects) if counts[item.colour] == 1 and item.kind in SHAPES]
+    if not unique:
+        return []
+    index = int(random.choice(unique))
+    words, right = _options(objects[index].kind, list(SHAPES), random, options)
+    return [Choice("identity", f"What is the {objects[index].colour} object?", words, right, (index,))]
+
+
+def _shown(objects, random, text: str, options: int = 4) -> list[Choice]:
+    phrases = sorted({item.phrase for item in objects if item.kind in SHAPES})
     if not phrases:
         return []
     true = str(random.choice(phrases))
     absent = sorted({f"{colour} {kind}" for colour in COLOURS for kind in SHAPES} - set(phrases))
-    options, right = _options(true, [str(p) for p in random.choice(absent, 3, replace=False)], random)
-    return [Choice("retrieval", text, options, right, tuple(n for n, o in enumerate(objects) if o.phrase == true))]
+    wrong = [str(phrase) for phrase in random.choice(absent, options - 1, replace=False)]
+    words, right = _options(true, wrong, random, options)
+    return [Choice("retrieval", text, words, right, tuple(n for n, o in enumerate(objects) if o.phrase == true))]
 
 
 def _existence(objects, random, place: str, kind: str = "existence_choice") -> list[Choice]:

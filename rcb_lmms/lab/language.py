@@ -12,9 +12,9 @@ import functools
 import numpy as np
 
 from rcb_lmms.lab import examples
-from rcb_lmms.lab.choices import LETTERS
 from rcb_lmms.lab.examples import Example
 from rcb_lmms.lab.packing import Packed, Prompted, pack
+from rcb_lmms.lab.prompts import LETTERS
 from rcb_lmms.lab.questions import Question, plural
 from rcb_lmms.lab.scenes import COLOURS, GRID, KINDS
 from rcb_lmms.lab.views import NEWLINE, TEXT, View, make_view, objects_of
@@ -38,9 +38,9 @@ class Wording:
         self.pad = tokenizer.pad_token_id
         self.nouns = {self.word(form): noun for noun in (*KINDS, "object") for form in (noun, plural(noun))}
         self.colours = {self.word(colour): colour for colour in COLOURS}
-        self.before_letter = {self.text("\n")[0], self.text("(")[0]}
+        self.before_letter = {self.text(mark)[0] for mark in ("\n", "(", " (")}
         self.after_letter = {self.text(".")[0], self.text(")")[0]}
-        self.line_ends = {self.text("\n")[0]}
+        self.option_ends = {self.text(mark)[0] for mark in ("\n", "'")}
         self._bare = {letter: self.text(letter)[0] for letter in LETTERS}
 
     def _encode_text(self, text: str) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def muirbench_rows(split: str, items: int) -> list[dict]:
                     "image_type": "Synthetic",
                     "question": ("".join(marks) if written % 2 else "") + choice.text,
                     "options": list(choice.options),
-                    "answer": choice.lettered().answer,
+                    "answer": choice.letter,
                     "image_list": [_png(scene_split, index) for scene_split, index in example.keys],
                 }
             )

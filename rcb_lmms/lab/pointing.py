@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rcb_lmms.lab.choices import LETTERS
 from rcb_lmms.lab.packing import Packed
+from rcb_lmms.lab.prompts import LETTERS
 from rcb_lmms.lab.scenes import SceneObject
 
 # The second layer is the first in which a noun can know its adjective.
@@ -42,7 +42,7 @@ def option_places(prompt: list[int], answer: str, wording) -> list[tuple[str, in
     """From the end of a prompt to the words of the option that a letter stands for, as `points` of a view."""
     if answer not in LETTERS:
         return []
-    letter, ends = wording.bare(answer), wording.line_ends
+    letter, ends = wording.bare(answer), wording.option_ends
     for place in range(1, len(prompt) - 2):
         if (
             prompt[place] == letter
@@ -59,7 +59,7 @@ class Pointing:
 
     def __init__(self, language_model, layer: int):
         self._attention = language_model.layers[layer].self_attn
-        self._attention.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self.remove = self._attention.register_forward_pre_hook(self._watch, with_kwargs=True).remove
 
     def _watch(self, module, args, kwargs):
         self._hidden, self._rotation = kwargs["hidden_states"], kwargs["position_embeddings"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -260,12 +260,23 @@ def blind(scene: Scene, random: np.random.Generator, pairs: int) -> list[Questio
 
 
 def caption(scene: Scene, random: np.random.Generator) -> list[Question]:
-    """All objects from left to right, in one sentence."""
-    order = sorted(range(len(scene.objects)), key=lambda index: scene.objects[index].centre)
-    names = [f"a {scene.objects[index].phrase}" for index in order]
+    """All objects in alphabetical order, in one sentence."""
+    return [Question("caption", str(random.choice(CAPTION_PROMPTS)), sentence(named_objects(scene)))]
+
+
+def named_objects(scene: Scene) -> list[str]:
+    """Every phrase of a scene with its number, alphabetically: "a blue ring", "two red circles"."""
+    phrases = Counter(item.phrase for item in scene.objects)
+    return [
+        f"a {phrase}" if number == 1 else f"{COUNT_WORDS[number]} {plural(phrase)}"
+        for phrase, number in sorted(phrases.items())
+    ]
+
+
+def sentence(names: Sequence[str]) -> str:
+    """Names as an enumeration: "A blue ring, a red circle and a white star."."""
     text = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
-    prompt = str(random.choice(CAPTION_PROMPTS))
-    return [Question("caption", prompt, f"{text[0].upper()}{text[1:]}.", tuple(order))]
+    return f"{text[0].upper()}{text[1:]}."
 
 
 KINDS_OF_QUESTION: dict[str, Callable[..., list[Question]]] = {

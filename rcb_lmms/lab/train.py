@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +40,19 @@ TOWER = Stage("tower", steps=1900, batch=32, pool=20_000, learning_rate=1.2e-3)
 
 
 LANGUAGE = Stage("language", steps=1500, batch=32, pool=8_000, learning_rate=1.5e-3, save_every=250)
+BENCHMARKS = Stage("benchmarks", steps=1500, batch=12, pool=1280, learning_rate=2e-3, warmup_steps=60)
 # LLaVA-NeXT only has to learn smaller objects and tiles; OneVision's tower is new, its language model is not.
 STAGES = {
-    "llava": (TOWER, LANGUAGE),
+    "llava": (TOWER, LANGUAGE, BENCHMARKS),
     "llava_next": (
         dataclasses.replace(TOWER, steps=500, learning_rate=8e-4),
         Stage("language", steps=500, batch=16, pool=1500, learning_rate=6e-4, warmup_steps=60),
+        BENCHMARKS,
     ),
     "llava_onevision": (
         TOWER,
         Stage("language", steps=3600, batch=12, pool=1280, learning_rate=4e-3, warmup_steps=60),
+        BENCHMARKS,
     ),
 }
 
@@ -60,13 +63,12 @@ def train(
     family: str = "llava",
     device: str = "cpu",
     seed: int = 0,
-    tower_stage: Stage | None = None,
-    language_stage: Stage | None = None,
+    stages: Sequence[Stage] | None = None,
     resume: bool = True,
 ) -> Path:
     """Train a laboratory model and write its checkpoint to `out`, beside the log and the state a resumed run needs.
 
-    Without stages it takes the family's own, `STAGES`.
+    The first stage is the tower's, the others the language model's; without any it takes the family's own, `STAGES`.
 
     Raises:
         UserError: the family is unknown, or the folder cannot be written.
@@ -81,15 +83,15 @@ def train(
             allowed=", ".join(FAMILIES),
             next_step="name one of the allowed families",
         )
-    tower_stage, language_stage = tower_stage or STAGES[family][0], language_stage or STAGES[family][1]
+    tower_stage, *language_stages = stages or STAGES[family]
     if not resume:
-        for path in (out / LOG_NAME, *(out / STATE_FOLDER / f"{s.name}.pt" for s in (tower_stage, language_stage))):
+        for path in (out / LOG_NAME, *(out / STATE_FOLDER / f"{s.name}.pt" for s in stages or STAGES[family])):
             path.unlink(missing_ok=True)
     tower = train_tower(out, tower_stage, family=family, device=device, seed=seed)
-    model, processor = train_language(
-        out, language_stage, tower, family=family, device=device, seed=seed, first_scene=TOWER.pool
-    )
-    return save_checkpoint(model, processor, out)
+    model, processor = _untaught(tower, family, device, seed)
+    for stage in language_stages:
+        train_language(out, stage, model, processor, family=family, seed=seed, first_scene=TOWER.pool)
+    return save_checkpoint(model.eval(), processor, out)
 
 
 def run_stage(stage: Stage, out: Path, modules, step_loss: Callable, *, seed: int, evaluate: Callable | None = None):
@@ -175,23 +177,36 @@ def train_tower(out: Path, stage: Stage, *, family: str, device: str, seed: int)
     return modules["tower"].eval().requires_grad_(False)
 
 
-def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, seed: int, first_scene: int):
-    """The second stage, on scenes the tower was not trained on; returns the whole model and its processor."""
+def _untaught(tower, family: str, device: str, seed: int):
+    """A model whose language model starts afresh behind a trained tower, and its processor."""
     import torch
 
-    from rcb_lmms.lab import language as lab
     from rcb_lmms.lab.checkpoint import make_model, make_processor
-    from rcb_lmms.lab.packing import run_packed
-    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing, placed
 
     torch.manual_seed(seed + 1)
     processor = make_processor(family)
     model = make_model(processor.tokenizer, family).to(device)
     model.model.vision_tower.load_state_dict(tower.state_dict())
+    return model, processor
+
+
+def train_language(out: Path, stage: Stage, model, processor, *, family: str, seed: int, first_scene: int) -> None:
+    """One stage of the language model, in place, on scenes the tower was not trained on."""
+    import torch
+
+    from rcb_lmms.lab import asking
+    from rcb_lmms.lab import language as lab
+    from rcb_lmms.lab.packing import run_packed
+    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing, placed
+
+    benchmarks = stage.name == BENCHMARKS.name
+    ask = asking.benchmarks if benchmarks else asking.first
     model.model.vision_tower.requires_grad_(False)
+    # The later stage is about words alone: what they say of visual tokens stays, and so do codebooks of these tokens.
+    model.model.multi_modal_projector.requires_grad_(not benchmarks)
     # Token 0 must stay the empty slot it is, although the tied head would like to push it away.
-    model.get_input_embeddings().weight.register_hook(_without_token_zero)
-    wording, pool = lab.Wording(processor.tokenizer), lab.FeaturePool(tower, device)
+    freed = model.get_input_embeddings().weight.register_hook(_without_token_zero)
+    wording, pool = lab.Wording(processor.tokenizer), lab.FeaturePool(model.model.vision_tower, model.device)
     text = model.model.language_model
     pointing = {
         what: Pointing(text, layer)
@@ -199,13 +214,14 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
     }
     modules = torch.nn.ModuleDict({"projector": model.model.multi_modal_projector, "text": text})
     if family != "llava":
+        model.model.image_newline.requires_grad_(not benchmarks)
         modules["newline"] = torch.nn.ParameterList([model.model.image_newline])
 
     def step_loss(indices, step, random):
-        progress = step / stage.steps
+        progress = 1.0 if benchmarks else step / stage.steps
         count = lab.token_count(random, progress)
         batch = lab.draw_examples(family, "train", indices, random, first_scene)
-        views = [lab.make_view(example, count, wording, random, progress) for example in batch]
+        views = [lab.make_view(example, count, wording, random, progress, ask) for example in batch]
         packed = lab.pack_views(views, wording)
         features = lab.projected(model, views, [pool.features(example) for example in batch])
         loss, right = lab.answer_loss(model, run_packed(model, packed, features), packed)
@@ -213,7 +229,7 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
         points = [view.points for view in views]
         looks = {what: head.loss(packed, points, what) for what, head in pointing.items()}
         figures = {"answers": loss.item(), "right": right.item(), "naming": naming.item(), "tokens": count}
-        if family == "llava_onevision":
+        if benchmarks or family == "llava_onevision":
             for what, layer, told in (("noun", "name", lab.place_loss), ("option", "option", lab.word_loss)):
                 found = placed(packed, points, what)
                 states = pointing[layer].states(found) if found else features
@@ -222,9 +238,11 @@ def train_language(out: Path, stage: Stage, tower, *, family: str, device: str, 
         figures |= {name: value.item() for name, value in looks.items()}
         return loss + 0.2 * (naming + sum(looks.values())), figures
 
-    evaluate = _evaluator(family, model, lab.FeaturePool(tower, device), wording)
+    evaluate = _evaluator(family, model, lab.FeaturePool(model.model.vision_tower, model.device), wording, ask)
     run_stage(stage, out, modules, step_loss, seed=seed, evaluate=evaluate)
-    return model.eval(), processor
+    freed.remove()
+    for head in pointing.values():
+        head.remove()
 
 
 def _without_token_zero(gradient):
@@ -233,7 +251,7 @@ def _without_token_zero(gradient):
     return gradient
 
 
-def _evaluator(family: str, model, pool, wording):
+def _evaluator(family: str, model, pool, wording, ask):
     """Accuracy on held-out examples by kind of question, unpruned and at a quarter, as a callable for the log."""
     import torch
 
@@ -248,7 +266,7 @@ def _evaluator(family: str, model, pool, wording):
                 random = np.random.default_rng(first)
                 indices = range(first, min(first + 16, EVALUATION_SCENES))
                 batch = lab.draw_examples(family, "validation", indices, random)
-                views = [lab.make_view(example, count, wording, random, 1.0) for example in batch]
+                views = [lab.make_view(example, count, wording, random, 1.0, ask) for example in batch]
                 packed = lab.pack_views(views, wording)
                 with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
                     features = lab.projected(model, views, [pool.features(example) for example in batch])

@@ -7,26 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcb_lmms.lab.choices import BEST_SUFFIX, LETTER_SUFFIX, SEVERAL_KINDS, VIDEO_KINDS, several_choices, video_choices
+from rcb_lmms.lab import asking
 from rcb_lmms.lab.examples import Example
 from rcb_lmms.lab.packing import Prompted
 from rcb_lmms.lab.pointing import option_places, points_of
-from rcb_lmms.lab.questions import (
-    COUNT_WORDS,
-    KINDS_OF_QUESTION,
-    ONE_WORD_SUFFIX,
-    PHRASE_SUFFIX,
-    YES_NO_SUFFIX,
-    Question,
-    blind,
-    caption,
-    probe,
-)
-from rcb_lmms.lab.scenes import GRID, Scene, SceneObject
+from rcb_lmms.lab.questions import COUNT_WORDS
+from rcb_lmms.lab.scenes import GRID, SceneObject
 
 # Slots that hold no visual token: the newline embedding, and tokens of text.
 NEWLINE, TEXT = -1, -2
-_SUFFIX_WEIGHTS = {PHRASE_SUFFIX: 0.25, ONE_WORD_SUFFIX: 0.1, YES_NO_SUFFIX: 0.1, "": 0.55}
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,12 @@ def choose_tokens(owner: np.ndarray, count: int, random: np.random.Generator, ea
     return np.sort(np.argsort(order, kind="stable")[:count])
 
 
-def make_view(example: Example, count: int, wording, random: np.random.Generator, progress: float) -> View:
+def make_view(
+    example: Example, count: int, wording, random: np.random.Generator, progress: float, ask=asking.first
+) -> View:
     """Draw what one training example keeps and asks; `progress` in [0, 1] goes from easy to everything.
+
+    `ask` is a stage's mix of questions, one of `asking`.
 
     Answers hold of what is visible, not of the whole scene: the truth about objects without tokens would only teach
     the model to guess.
@@ -93,7 +86,7 @@ def make_view(example: Example, count: int, wording, random: np.random.Generator
         example, panel, sources, of("owner", -1), of("taught", False), of("places", np.zeros(2)), blanked, words, [], []
     )
     pairs = 5 if count > 8 else 3
-    asked = _ask(view, pairs, random, progress)
+    asked = ask(view, pairs, random, progress)
     questions = [wording(question, suffix) for question, suffix in asked]
     visible = np.unique(view.owner[view.shown])
     slots_of = {index: np.flatnonzero(view.shown & (view.owner == index)) for index in visible}
@@ -136,85 +129,6 @@ def lay_out(example: Example, kept: list[np.ndarray], wording, random: np.random
         return rows[0] + slots
     slots = [slot for row in rows for slot in row]
     return slots + [newline] * (tiled and (len(rows) == 1 or random.random() < 0.5))
-
-
-def _ask(view: View, pairs: int, random: np.random.Generator, progress: float) -> list[tuple[Question, str]]:
-    """Questions with their suffixes, about what the view shows."""
-    visible = np.unique(view.owner[view.shown])
-    objects = [view.example.objects[index] for index in visible]
-    medium = view.example.medium
-    if medium in ("several", "video"):
-        return _choices(view, objects, pairs - 1, random) + _loose(view, objects, random)
-    scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
-    if not objects:
-        return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
-    weights = KIND_WEIGHTS[medium]
-    asked = probe(scene, random) if random.random() < 0.4 else []
-    for kind in random.choice(list(weights), size=pairs, p=list(weights.values())):
-        asked += KINDS_OF_QUESTION[str(kind)](scene, random)
-    if progress > 0.3 and random.random() < 0.12:
-        asked += caption(scene, random)
-    return [(question, _suffix(question, random)) for question in asked or probe(scene, random)]
-
-
-# How often a pair of questions of each kind is drawn; probe and caption are drawn per scene instead.
-KIND_WEIGHTS = {
-    "plain": {
-        "pope": 0.13, "existence": 0.02, "color": 0.07, "count": 0.14, "position": 0.20, "side": 0.12, "OCR": 0.05,
-        "open": 0.07, "where": 0.20,
-    },
-    "doubled": {"pope": 0.25, "existence": 0.05, "color": 0.15, "open": 0.1, "side": 0.1, "where": 0.35},
-    "tiled": {"pope": 0.5, "existence": 0.1, "color": 0.25, "open": 0.15},
-}  # fmt: skip
-
-
-def _choices(view: View, objects, number: int, random) -> list[tuple[Question, str]]:
-    asked, example = [], view.example
-    if example.medium == "video":
-        for kind in random.choice(VIDEO_KINDS, size=number, p=(0.55, 0.2, 0.15, 0.1)):
-            found = video_choices(objects, example.scene.direction, _moves(view), str(kind), random)
-            asked += [(choice.bracketed(), BEST_SUFFIX) for choice in found]
-        return asked
-    for kind in random.choice(SEVERAL_KINDS, size=number, p=(0.45, 0.35, 0.2)):
-        found = several_choices(objects, str(kind), random)
-        asked += [(choice.lettered(), LETTER_SUFFIX) for choice in found]
-    return asked
-
-
-def _moves(view: View) -> bool:
-    """Whether the moving object of a video is seen through most of it."""
-    frames = np.unique(view.panel[view.shown & (view.owner == 0)])
-    return bool(len(frames)) and 2 * (frames[-1] - frames[0] + 1) > len(view.example.panels)
-
-
-def _loose(view: View, objects, random: np.random.Generator) -> list[tuple[Question, str]]:
-    """What single images are asked too, here of all pictures together, and choices without their letters.
-
-    It keeps what is known and teaches the rest: a letter is learned quickly once the word it stands for is.
-    """
-    scene = Scene("", 0, "plain", tuple(objects))
-    if view.example.medium == "video" and objects:
-        count = COUNT_WORDS[len(objects)]
-        asked = [Question("open_count", "How many objects are in the video?", count)]
-        if _moves(view):
-            text = f"In which direction does the {objects[0].phrase} move in the video?"
-            asked.append(Question("open_direction", text, view.example.scene.direction))
-        still = tuple(item for item in objects if item is not view.example.objects[0])
-        if still:
-            asked += KINDS_OF_QUESTION["where"](dataclasses.replace(scene, objects=still), random)
-        return [(question, PHRASE_SUFFIX) for question in asked]
-    asked = probe(scene, random) if random.random() < 0.3 else []
-    if objects:
-        kinds = ("open", "pope") if len(objects) > 1 else ("open",)
-        asked += KINDS_OF_QUESTION[str(random.choice(kinds))](scene, random)
-    return [(question, "" if question.kind == "probe" else PHRASE_SUFFIX) for question in asked]
-
-
-def _suffix(question: Question, random: np.random.Generator) -> str:
-    if question.kind in ("probe", "caption"):
-        return ""
-    suffix = str(random.choice(list(_SUFFIX_WEIGHTS), p=list(_SUFFIX_WEIGHTS.values())))
-    return PHRASE_SUFFIX if question.kind in ("open", "where") and suffix == YES_NO_SUFFIX else suffix
 
 
 def objects_of(view: View) -> list[tuple[int, SceneObject]]:
