@@ -30,12 +30,14 @@ LATEX = {"×": r"$\times$", "±": r"$\pm$", "τ": r"$\tau$"}
 
 
 def readable(layout: Layout, frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of `numbers` as text in the paper's layout; controls that were not measured are left out."""
+    """A table of `numbers` as text in the paper's layout; what it does not have is left out if not measured."""
     import pandas as pd
 
     headings = list(layout.averages)
     if not layout.only_averages:
         headings = [column.heading for column in layout.columns] + headings
+    filled = frame[frame[["published", "measured"]].notna().any(axis=1)]
+    headings = [heading for heading in headings if heading in _printed(layout) or heading in set(filled["column"])]
     lines = []
     for block, rows in frame.groupby("block", sort=False):
         lines.append({"method": str(block)})
@@ -50,10 +52,16 @@ def readable(layout: Layout, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["method", "", "tokens", *headings]).fillna("")
 
 
+def _printed(layout: Layout) -> set[str]:
+    """Columns and averages that the paper's table has."""
+    averages = {label for label, columns in layout.averages.items() if all(column.printed for column in columns)}
+    return averages | {column.heading for column in layout.columns if column.printed}
+
+
 def _line(layout: Layout, label: str, source: str, cells: dict[str, Any]) -> dict[str, str]:
     kind = {"paper": "published", "here": "measured"}[source]
     texts = {heading: _text(cell, kind, heading in layout.averages) for heading, cell in cells.items()}
-    tokens = _tokens([cells[column.heading] for column in layout.columns], kind)
+    tokens = _tokens([cells[column.heading] for column in layout.columns if column.printed], kind)
     return {"method": label, "": source, "tokens": tokens, **texts}
 
 

@@ -25,6 +25,7 @@ class Benchmark:
 
     Attributes:
         combine: `circular` or `pairs`, where the number is not the mean of its samples' scores.
+        printed: whether the paper has the column; one that it does not have is shown once it is measured.
     """
 
     heading: str
@@ -32,6 +33,7 @@ class Benchmark:
     metric: str
     scale: float
     combine: str | None = None
+    printed: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,9 @@ def _swept(row: Row, keeps: list[int] | None) -> Iterator[Row]:
 
 
 def _row(row: dict[str, Any], block: dict[str, Any], columns: tuple[Benchmark, ...]) -> Row:
-    row = dict(row)
-    numbers = [row.pop(name, None) or [None] * len(columns) for name in ("published", "std", "tokens")]
-    cells = zip(columns, *numbers, strict=True)
+    row, printed = dict(row), [column for column in columns if column.printed]
+    numbers = [row.pop(name, None) or [None] * len(printed) for name in ("published", "std", "tokens")]
+    cells = zip(printed, *numbers, strict=True)
     return Row(
         published={column.heading: Number(*number) for column, *number in cells if number[0] is not None},
         arguments=_texts(block.get("common", {}) | row.pop("arguments", {})),
@@ -231,12 +233,12 @@ def eval_configs() -> dict[str, str]:
 
 def _config_text(name: str, table: Layout, block: Block, rows: list[Row]) -> str:
     """Comments, then one line per run; the unpruned model first, since everything is relative to it."""
-    runs: dict[Entry, list[str]] = {}
+    runs: dict[Entry, dict[str, None]] = {}
     for row in [table.reference(block, rows[0]), *rows]:
         for column in table.columns:
             for entry in row.entries(column):
                 key = Entry(entry.name, entry.model, entry.arguments, task="")
-                runs.setdefault(key, []).append(column.task)
+                runs.setdefault(key, {})[column.task] = None
     lines = [f"# {table.title}.", f"# {block.title}{'; rows that the paper does not have' if rows[0].control else ''}."]
     lines += [f"# {line}" for line in block.preparation]
     lines += [f"#   rcb eval {name}", f"#   lmms_eval --config eval_configs/{name}.yaml"]
