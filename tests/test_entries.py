@@ -285,6 +285,25 @@ def test_the_ledger_counts_what_a_hand_counts(family, method, arguments, documen
     assert achieved["views"] == expected[3]
 
 
+def test_fastv_keeps_all_of_a_prompt_whose_packing_cut_padding_off(entry, caplog):
+    """80 x 60 pixels on 2 x 2 tiles: five views of 16 tokens, of which unpadding leaves 16 + 6 x 8."""
+    asked = [{"visuals": [tiny.random_image(3, *size)], "text": "What is it?"} for size in ((80, 60), SQUARE)]
+    for per, keep in (("view", 14), ("image", 70)):
+        caplog.clear()
+        model = entry("llava_next", "fastv", keep=keep, per=per, batch_size=2)
+        texts, counts = ask(model, asked)
+        found = [(row.visual_native, row.visual_kept, row.visual_views, row.visual_capped) for row in counts]
+        assert found == [(64, 64, 5, 1), (80, 70, 5, 0)]
+        assert texts[0] == ask(entry("llava_next", "full"), asked[:1])[0][0]
+        model.clean()
+        assert model.run.achieved["mixed"]["capped_prompts"] == 1
+        assert "1 of 2 prompts had fewer visual tokens than the budget" in caplog.text
+    _, (row, _) = ask(entry("llava_next", "fastv", ratio=1.0), asked)
+    assert (row.visual_kept, row.visual_capped) == (64, 0)
+    with pytest.raises(UserError, match="85 retained tokens"):  # no view has 17 tokens
+        ask(entry("llava_next", "fastv", keep=17), asked[:1])
+
+
 @pytest.mark.parametrize("family", list(ENTRIES))
 def test_rcb_that_keeps_everything_is_the_unpruned_model(family, entry, documents):
     pack = {} if family == "llava" else {"pack": "flat"}

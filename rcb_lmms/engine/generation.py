@@ -94,12 +94,7 @@ def generate(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         ranks = None
         if layer_pruner is not None:
-            ranks = [
-                layer_pruner.rank(prompt.retained, family.layers, prompt.views if per == "view" else prompt.visuals)
-                if prompt.spans
-                else 0
-                for prompt in prompts
-            ]
+            ranks = [layer_rank(layer_pruner, prompt, family.layers, per) if prompt.spans else 0 for prompt in prompts]
             spans = [
                 [(begin + start, end + start) for begin, end in prompt.spans]
                 for prompt, start in zip(prompts, starts, strict=True)
@@ -118,6 +113,16 @@ def generate(
         [_length(row, family) for row in ids.tolist()],
         ranks,
     )
+
+
+def layer_rank(pruner: FastV, prompt: Prompt, layers: int, per: str) -> int:
+    """Visual tokens of a prompt that layers behind FastV's see; see `FastV.rank`."""
+    return pruner.rank(prompt.retained, layers, shares(prompt, per), prompt.encoded)
+
+
+def shares(prompt: Prompt, per: str) -> int:
+    """How often a prompt spends a budget: once for each of its views, or of its images and videos."""
+    return prompt.views if per == "view" else prompt.visuals
 
 
 def _length(ids: list[int], family: Family) -> int:

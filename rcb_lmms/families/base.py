@@ -34,6 +34,7 @@ class Prompt:
         visuals: images and videos, one for each placeholder.
         prefix: rows up to the end of the last image: equal for all questions about the same images, to be shared by
             them.
+        encoded: visual tokens of all views, with those that a packing cut off as padding.
     """
 
     embeds: Tensor
@@ -44,6 +45,7 @@ class Prompt:
     views: int = 0
     visuals: int = 0
     prefix: int = 0
+    encoded: int = 0
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -67,12 +69,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class PackedImage:
-    """One image or video after pruning: its rows in packing order, its visual tokens before and after, its views."""
+    """One image or video after pruning: its rows in packing order, its visual tokens before and after, its views.
+
+    `encoded` are the visual tokens of its views; a packing that cuts padding off has fewer `native` ones.
+    """
 
     rows: Rows
     native: int
     retained: int
     views: int = 1
+    encoded: int = 0
 
     @property
     def embeds(self) -> Tensor:
@@ -204,7 +210,7 @@ class Family(ABC):
         rows = self.pack(kept, visual, whole=whole)
         retained = len(rows) - len(rows.newlines)
         native = self.native_tokens(views, visual, packed=retained if whole else None)
-        return PackedImage(rows, native, retained, len(views))
+        return PackedImage(rows, native, retained, len(views), encoded=sum(map(len, views)))
 
     def pack_base(self, tokens: Tensor) -> PackedImage:
         """One base view of tokens `(k, d)` as they are: what the codebook's experiments and pictures show the model."""
@@ -290,6 +296,7 @@ class Family(ABC):
             views=sum(image.views for image in images),
             visuals=len(images),
             prefix=length,
+            encoded=sum(image.encoded for image in images),
         )
 
 

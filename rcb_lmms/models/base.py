@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rcb_lmms.budget import layer_average
 from rcb_lmms.cost import DecoderShape
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.generation import generate, out_of_memory
+from rcb_lmms.engine.generation import generate, out_of_memory, shares
 from rcb_lmms.errors import UserError, leave_with
 from rcb_lmms.families import Prompt, load_family
 from rcb_lmms.models import entry_id
@@ -198,9 +198,10 @@ class PrunedModel(lmms):
         self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None, rank: int | None
     ) -> VisualTokenCounts:
         native, kept = prompt.native, prompt.retained
-        average, pruned = float(kept), (None, None)
+        average, pruned, capped = float(kept), (None, None), False
         if layer_pruner is not None and prompt.spans:
             kept = rank
+            capped = layer_pruner.capped(prompt.retained, shares(prompt, self.settings.per))
             average = layer_average(kept, prompt.retained, layer_pruner.layer, self.shape.layers)
             # FastV's candidates are the visual tokens that stand in the prompt; newlines between them stay.
             pruned = (layer_pruner.layer, len(prompt) - prompt.retained + kept)
@@ -212,6 +213,7 @@ class PrunedModel(lmms):
             visual_newlines=prompt.newlines,
             visual_views=prompt.views,
             visual_layer_average=average,
+            visual_capped=int(capped),
             prefill_tflops=self.shape.prefill_flops(len(prompt), *pruned) / 1e12,
         )
 

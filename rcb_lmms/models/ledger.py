@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from lmms_eval.api.instance import TokenCounts
 
 from rcb_lmms.resources import source_version
+
+logger = logging.getLogger(__name__)
 
 # Runs of this process, for the console scripts: they complete the results file and set the exit status.
 RUNS: list[RunRecord] = []
@@ -19,7 +22,8 @@ RUNS: list[RunRecord] = []
 class VisualTokenCounts(TokenCounts):
     """lmms-eval's token counts with the visual tokens and the prefill's cost beside them.
 
-    Newline embeddings are counted apart: they are no visual tokens and never pruned, but cost as much.
+    Newline embeddings are counted apart: they are no visual tokens and never pruned, but cost as much. `visual_capped`
+    is 1 if FastV was to keep more tokens than the packing left the prompt, and kept them all.
     """
 
     visual_native: int = 0
@@ -27,6 +31,7 @@ class VisualTokenCounts(TokenCounts):
     visual_newlines: int = 0
     visual_views: int = 0
     visual_layer_average: float = 0.0
+    visual_capped: int = 0
     prefill_tflops: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,6 +42,7 @@ class VisualTokenCounts(TokenCounts):
             "visual_newlines": self.visual_newlines,
             "visual_views": self.visual_views,
             "visual_layer_average": round(self.visual_layer_average, 3),
+            "visual_capped": self.visual_capped,
             "prefill_tflops": float(f"{self.prefill_tflops:.6g}"),
         }
 
@@ -95,6 +101,7 @@ def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, 
                 sample.visual_kept + sample.visual_newlines for sample in samples
             ),
             "views": statistics.fmean(sample.visual_views for sample in samples),
+            "capped_prompts": sum(sample.visual_capped for sample in samples),
             # fmean is exact, so the order in which processes report does not matter.
             "layer_average_visual_tokens": statistics.fmean(sample.visual_layer_average for sample in samples),
             "prefill_tflops": statistics.fmean(sample.prefill_tflops for sample in samples),
@@ -102,10 +109,24 @@ def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, 
     return summary
 
 
+def _warn_of_capped(run: RunRecord) -> None:
+    """Say of how many prompts the budget exceeded what their packing left of them."""
+    for task, own in run.achieved.items():
+        if own["capped_prompts"]:
+            logger.warning(
+                "%s on %s: %d of %d prompts had fewer visual tokens than the budget and kept them all",
+                run.model,
+                task,
+                own["capped_prompts"],
+                own["samples"],
+            )
+
+
 def report_metrics(run: RunRecord, rows: list[tuple[str, VisualTokenCounts]]) -> None:
-    """Put a run's numbers into lmms-eval's throughput summary, under `avg_<task>/...`."""
+    """Put a run's numbers into lmms-eval's throughput summary, under `avg_<task>/...`; warn of capped budgets."""
     from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
+    _warn_of_capped(run)
     numbers: dict[str, float] = {
         f"{task}/{name}": value for task, own in run.achieved.items() for name, value in own.items()
     }

@@ -46,16 +46,25 @@ class FastV(Pruner):
         """Every token, since nothing is known before the decoder has run; every score is 0."""
         return keep_all(view)
 
-    def rank(self, native: int, layers: int, shares: int = 1) -> int:
+    def rank(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> int:
         """Tokens that layers from `layer` on see of a prompt's visual tokens, which compete as one.
+
+        A packing that cuts padding off can leave fewer tokens than a count asks for, though the views have as many:
+        all that are left then stay. The released code has one image of 576 tokens and no such case; its top-k fails.
 
         Args:
             native: visual tokens in the prompt.
             layers: of the decoder.
             shares: how often the prompt may spend a budget of tokens: once for each of its views, or of its images.
+            encoded: visual tokens of its views, with those that the packing cut off.
 
         Raises:
-            UserError: a budget above `native`, or a layer average that the full layers alone exceed.
+            UserError: a budget above what the views have, or a layer average that the full layers alone exceed.
         """
-        count = self.budget.count(native, shares)
+        whole = self.capped(native, shares)
+        count = min(native, self.budget.count(max(native, encoded) if whole else native, shares))
         return count if self.convention == "rank" else rank_for_layer_average(count, native, self.layer, layers)
+
+    def capped(self, native: int, shares: int = 1) -> bool:
+        """Whether a count asks for more tokens than the prompt has."""
+        return self.budget.kind == "tokens" and self.budget.value * shares > native

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.generation import left_pad
+from rcb_lmms.engine.generation import layer_rank, left_pad
 from rcb_lmms.engine.layer_pruning import prune_at_layer
 from rcb_lmms.engine.selection import select
 from rcb_lmms.pruners.fastv import FastV
@@ -120,7 +120,7 @@ def _kept_behind_layer(family: Family, pruner: FastV, prompt: Prompt, per: str) 
     """FastV's choice for one prompt, positions counted among its visual tokens; one prefill."""
     import torch
 
-    rank = pruner.rank(prompt.retained, family.layers, prompt.views if per == "view" else prompt.visuals)
+    rank = layer_rank(pruner, prompt, family.layers, per)
     embeds, mask, _ = left_pad([prompt])
     with (
         torch.inference_mode(),
