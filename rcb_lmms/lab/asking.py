@@ -15,13 +15,13 @@ from rcb_lmms.lab.choices import (
     several_choices,
     video_choices,
 )
+from rcb_lmms.lab.prompts import Question
 from rcb_lmms.lab.questions import (
     COUNT_WORDS,
     KINDS_OF_QUESTION,
     ONE_WORD_SUFFIX,
     PHRASE_SUFFIX,
     YES_NO_SUFFIX,
-    Question,
     blind,
     caption,
     open_question,

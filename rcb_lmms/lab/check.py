@@ -10,7 +10,8 @@ import numpy as np
 
 from rcb_lmms.lab.language import TOKENS, Wording
 from rcb_lmms.lab.packing import pack, run_packed
-from rcb_lmms.lab.questions import KINDS_OF_QUESTION, PHRASE_SUFFIX, Question, pope
+from rcb_lmms.lab.prompts import Question
+from rcb_lmms.lab.questions import KINDS_OF_QUESTION, PHRASE_SUFFIX, pope
 from rcb_lmms.lab.scenes import IMAGE_SIZE_PX, Scene, make_scene
 
 ASKED_KINDS = ("pope", "existence", "color", "count", "position", "side", "OCR", "probe")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcb_lmms.lab.moving import DIRECTIONS
-from rcb_lmms.lab.prompts import LETTERS
-from rcb_lmms.lab.questions import COUNT_WORDS, Question
+from rcb_lmms.lab.prompts import LETTERS, Question
+from rcb_lmms.lab.questions import COUNT_WORDS
 from rcb_lmms.lab.scenes import COLOURS, SHAPES, SceneObject
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from rcb_lmms.lab import examples
 from rcb_lmms.lab.examples import Example
 from rcb_lmms.lab.packing import Packed, Prompted, pack
-from rcb_lmms.lab.prompts import LETTERS
-from rcb_lmms.lab.questions import Question, plural
+from rcb_lmms.lab.prompts import LETTERS, Question
+from rcb_lmms.lab.questions import plural
 from rcb_lmms.lab.scenes import COLOURS, GRID, KINDS
 from rcb_lmms.lab.views import NEWLINE, TEXT, View, make_view, objects_of
 

@@ -1,8 +1,9 @@
-"""How the benchmarks word a question with options, in lmms-eval's own tasks and in this package's."""
+"""A question as it is asked; how benchmarks word one with options, in lmms-eval's own tasks and in this package's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,16 @@ _SHORT = (
     "Given the images, answer the following short answer vqa question:\nQ: {}\n"
     'You can first give your analysis, and then give your final answer as "Final Answer:"'
 )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question without suffix, its answer, its kind, and the objects (indices) that decide a "Yes"."""
+
+    kind: str
+    text: str
+    answer: str
+    about: tuple[int, ...] = ()
 
 
 def listed(options: Sequence[str]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from rcb_lmms.lab.places import OPPOSITE, SIDES
 from rcb_lmms.lab.questions import (
     CAPTION_PROMPTS,
     COUNT_WORDS,
     ONE_WORD_SUFFIX,
-    OPPOSITE,
     PHRASE_SUFFIX,
     PROBE,
-    SIDES,
     YES_NO_SUFFIX,
     count_text,
     plural,
