@@ -1,0 +1,80 @@
+"""`rcb codebook` and `rcb checkpoint`: making, converting and inspecting what a run loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rcb_lmms.files import find_images
+from rcb_lmms.options import Batch, Device, Dtype, Preprocess, Pretrained
+
+codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Checkpoints of the original LLaVA code.", no_args_is_help=True)
+
+
+@codebook_app.command("build")
+def codebook_build(
+    model: Pretrained,
+    images: Annotated[Path, typer.Option(help="Folder of images, taken in the order of their names.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors to write; statistics go to OUT.stats.")],
+    preset: Annotated[str | None, typer.Option(help="official, paper, paper_literal or lab.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. tau_prob=0.1; repeatable.")] = None,
+    rethreshold: Annotated[bool, typer.Option(help="Only choose again from stored statistics; no model.")] = False,
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Make a codebook from images. Killed at any moment, the same command continues."""
+    from rcb_lmms.codebook import build
+    from rcb_lmms.codebook.settings import parse_changes, settings_for
+    from rcb_lmms.families import family_of, load_family
+
+    preset = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
+    settings = settings_for(family_of(model), preset, **parse_changes(setting or []))
+    if rethreshold:
+        made = build.threshold(Path(f"{out}.stats"), settings, name=out.stem)
+        made.save(out)
+    else:
+        family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
+        made = build.build(family, find_images(images)[:limit], out, settings, batch_size=batch_size)
+    typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
+    typer.echo(f"next: rcb codebook show {out}")
+
+
+@codebook_app.command("import")
+def codebook_import(
+    file: Annotated[Path, typer.Argument(help="A .pt file of the released codebooks.")],
+    out: Annotated[Path | None, typer.Option(help="The .safetensors; by default where its id finds it.")] = None,
+) -> None:
+    """Convert a released tensor file, verified by its git blob id."""
+    from rcb_lmms.codebook.cards import import_upstream
+
+    typer.echo(f"wrote {import_upstream(file, out)}")
+
+
+@codebook_app.command("show")
+def codebook_show(codebook: Annotated[str, typer.Argument(help="File or id.")]) -> None:
+    """Print a codebook's card, norms, duplicates, cosines and clusters."""
+    from rcb_lmms.codebook import Codebook
+    from rcb_lmms.codebook.show import show as describe
+
+    typer.echo(describe(Codebook.load(codebook)))
+
+
+@checkpoint_app.command("convert")
+def checkpoint_convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hugging Face id in the original layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
+) -> None:
+    """Write an original checkpoint in Hugging Face's layout, shard by shard. Entries load the original as well."""
+    from rcb_lmms.checkpoints import convert, open_original
+
+    original = open_original(source)
+    for file in convert(original, out, dtype):
+        typer.echo(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"next: lmms_eval --model {original.family}_rcb --model_args pretrained={out} --tasks pope")
