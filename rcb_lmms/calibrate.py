@@ -165,7 +165,7 @@ def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) 
         data: hash of the data set, for the record.
 
     Raises:
-        UserError: the target exceeds what the views hold.
+        UserError: the target exceeds what the views hold, or is an exact count that some image cannot have.
     """
     import numpy as np
 
@@ -184,6 +184,8 @@ def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) 
     # The method is fitted over the parts it decides on; PruMerge decides view by view also where images are asked for.
     shares = float((weights @ scores.spent) / (weights @ parts))
     fitted = pruner.fit(flat, np.repeat(weights, parts).tolist(), target * shares)
+    if fitted.budget.kind == "tokens":
+        _check_count(fitted, scores)
     counts = np.array([fitted.retained(array) for array in flat], dtype=float)
     if scores.per == "image":
         counts = np.add.reduceat(counts, np.cumsum(parts) - parts)
@@ -204,6 +206,28 @@ def fit(pruner: Pruner, scores: ScorePass, name: str, target: float, data: str) 
         per=scores.per,
     )
     return fitted, record
+
+
+def _check_count(pruner: Pruner, scores: ScorePass) -> None:
+    """Refuse, before the first answer, a count that is too small for an image of many views or too large for another.
+
+    Raises:
+        UserError: saying which counts every image can have.
+    """
+    count, whole = int(pruner.budget.value), scores.per == "image"
+    times = [views if whole else 1 for views in scores.views]
+    least = [pruner.least * own for own in times]
+    most = [native * own // views for native, own, views in zip(scores.natives, times, scores.views, strict=True)]
+    others = sum(not low <= count <= high for low, high in zip(least, most, strict=True))
+    if others:
+        low, high = max(least), min(most)
+        raise UserError(
+            wanted=f"{count} tokens of every {scores.per} from {pruner.name}",
+            found=f"{others} of {len(times)} images that cannot have so many: {min(scores.views)} to "
+            f"{max(scores.views)} views, each of which keeps {pruner.least} tokens at least",
+            allowed=f"counts from {low} to {high}" if low <= high else "no count, since the images differ too much",
+            next_step=f"keep={low}, or per=view" if low <= high else "per=view, or a method that meets a mean",
+        )
 
 
 def parameters(pruner: Pruner) -> dict[str, float]:

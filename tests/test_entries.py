@@ -461,6 +461,18 @@ def test_matched_methods_retain_what_the_baseline_chooses(entry, documents):
             assert [row.visual_kept for row in counts] == [round(mean) * times for times in spent]
 
 
+def test_a_matched_count_that_some_image_cannot_have_is_refused_before_any_answer(entry, documents, monkeypatch):
+    monkeypatch.setattr("rcb_lmms.models.base.generate", lambda *_: pytest.fail("asked"))
+    mixed = [*documents[:2], *[documents[5]] * 3, documents[2]]  # three views, one (four frames), and five
+    with pytest.raises(UserError, match="1 to 5 views, each of which keeps 2 tokens at least") as refusal:
+        ask(entry("llava_next", "prumerge_plus", match="prumerge", per="image"), mixed)
+    assert refusal.value.allowed == "counts from 10 to 16"
+    assert refusal.value.next_step == "keep=10, or per=view"
+    monkeypatch.undo()
+    _, counts = ask(entry("llava_next", "prumerge_plus", keep=10, per="image"), mixed)
+    assert [row.visual_kept for row in counts] == [10, 10, 40, 40, 40, 10]
+
+
 def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents):
     def cached(**arguments):
         model = entry("llava_next", "rcb", keep=4, **arguments)

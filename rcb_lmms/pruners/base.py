@@ -70,6 +70,7 @@ class Pruner(ABC):
     Class attributes:
         name: registry key, CLI value and table row.
         needs: optional fields of `VisualTokens` the method reads.
+        least: tokens that it leaves of a view at least.
         paper: where the method was published.
     """
 
@@ -77,6 +78,7 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    least: ClassVar[int] = 1
     paper: ClassVar[str] = ""
 
     @property

@@ -39,6 +39,7 @@ class PruMerge(Pruner):
 
     name: ClassVar[str] = "prumerge"
     needs: ClassVar[frozenset[str]] = frozenset({"encoder_features", "keys", "cls_attention"})
+    least: ClassVar[int] = 2
     paper: ClassVar[str] = "Shang et al., LLaVA-PruMerge (arXiv 2403.15388)"
 
     def __post_init__(self) -> None:
