@@ -60,6 +60,7 @@ def calibrate_tasks(
     from rcb_lmms.engine.selection import PER
     from rcb_lmms.families import default_codebook, family_of, load_family
     from rcb_lmms.families.base import choose
+    from rcb_lmms.models import entry_id
     from rcb_lmms.models.documents import BATCH_FRAMES
     from rcb_lmms.models.processes import join_processes
     from rcb_lmms.pruners import make_pruner
@@ -70,7 +71,7 @@ def calibrate_tasks(
     kind = family_of(pretrained)
     _check_tower(kind, baselines)
     method = make_pruner("rcb", codebook=codebook or default_codebook(kind, pretrained))
-    benchmarks = load_benchmarks(tasks, task_manager or make_task_manager())
+    benchmarks = load_benchmarks(tasks, task_manager or make_task_manager(entry_id(kind, "rcb")))
     rank, size = join_processes()
     family = load_family(pretrained, device=device or _own_device(rank, size), **loading)
     method.codebook.check_width(family.width, pretrained)
@@ -133,11 +134,14 @@ def pass_identity(encoder: ImageEncoder, method: RCB, counted: Mapping[str, Any]
 
 def describe(encoder: ImageEncoder, method: RCB) -> dict[str, Any]:
     """The setting for which thresholds hold, as the file tells it."""
+    from rcb_lmms.families.identity import weights_hash
+
     identity = pass_identity(encoder, method, {})
     identity.pop("counted")
     return {
         "family": encoder.family.name,
         **identity,
+        "weights": weights_hash(encoder.family),
         "pack": getattr(encoder.family, "packing", None),
         "codebook": method.codebook.meta.get("id"),
         "layers": encoder.family.layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +29,7 @@ from rcb_lmms.families.images import Visual
 from rcb_lmms.matching import Baseline, fit_many, held_out
 from rcb_lmms.models import documents as passes
 from rcb_lmms.models.documents import Documents, score_documents
+from rcb_lmms.models.questions import Question
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.score_files import ImageScores, ScoredImages, ScoreFiles
 from rcb_lmms.thresholds import Chunk, Cut, find_cuts
@@ -263,26 +265,106 @@ def test_scores_on_disk_give_what_scores_in_memory_give(
         assert setting["benchmarks"]["one"]["native"] == pytest.approx(truth.native)
 
 
-def test_an_entry_meets_the_budget_with_the_threshold_of_the_file(calibrated, next_checkpoint, codebook_file, manager):
+@pytest.fixture
+def ask(next_checkpoint, codebook_file, manager):
+    """Asks LLaVA-NeXT with RCB every question of a task; returns the record of the fit, and answers with counts."""
     from lmms_eval.api.instance import Instance
 
     from rcb_lmms.models import entries
 
+    def run(name="one", limit=None, **arguments):
+        arguments = {"pretrained": next_checkpoint, "codebook": str(codebook_file), **arguments}
+        model = entries.LlavaNextRcb(**arguments)
+        task = manager.load_task_or_group(name, task_type="chat")[name]
+        model.task_dict = {name: task.dataset}
+        given = [("", task.doc_to_messages, {"max_new_tokens": 2}, n, name, "test") for n in range(len(task.eval_docs))]
+        answers = model.generate_until(
+            [
+                Instance(
+                    "generate_until", own, 0, doc_id=own[3], metadata={"task": name, "doc_id": own[3], "repeats": 1}
+                )
+                for own in given[:limit]
+            ]
+        )
+        return model.run, [(answer.text, answer.token_counts) for answer in answers]
+
+    return run
+
+
+def test_an_entry_meets_the_budget_with_the_threshold_of_the_file(calibrated, ask):
     row = calibrated()["benchmarks"]["one"]["baselines"]["random:4"]["tokens"]
-    model = entries.LlavaNextRcb(
-        pretrained=next_checkpoint, codebook=str(codebook_file), threshold=row["threshold"], preset="paper"
-    )
-    task = manager.load_task_or_group("one", task_type="chat")["one"]
-    model.task_dict = {"one": task.dataset}
-    arguments = [("", task.doc_to_messages, {"max_new_tokens": 1}, number, "one", "test") for number in range(15)]
-    answers = model.generate_until(
-        [
-            Instance("generate_until", own, 0, doc_id=own[3], metadata={"task": "one", "doc_id": own[3], "repeats": 1})
-            for own in arguments
-        ]
-    )
-    kept = sum(answer.token_counts.visual_kept for answer in answers)
-    assert kept / sum(answer.token_counts.visual_views for answer in answers) == pytest.approx(row["achieved"])
+    _, answers = ask(threshold=row["threshold"], preset="paper")
+    kept = sum(counts.visual_kept for _, counts in answers)
+    assert kept / sum(counts.visual_views for _, counts in answers) == pytest.approx(row["achieved"])
+
+
+@pytest.mark.parametrize("budget", [{"keep": 4}, {"match": "prumerge"}, {"ratio": 5 / 16}, {"keep": 10.5}])
+def test_a_file_of_thresholds_keeps_what_a_calibration_in_the_run_keeps(
+    calibrated, ask, budget, tmp_path, monkeypatch, next_checkpoint
+):
+    calibrated()
+    by_itself, expected = ask(**budget)
+    monkeypatch.setattr(calibrate, "score_pass", lambda *_: pytest.fail("calibrated"))
+    copy = shutil.copytree(next_checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)
+    run, found = ask(**budget, thresholds=str(tmp_path / "thresholds.yaml"), pretrained=str(copy))
+    assert found == expected
+    before, after = by_itself.calibrations["one"], run.calibrations["one"]
+    assert after["fitted"] == before["fitted"]
+    assert after["fitted"]["ties"] > 0
+    close = pytest.approx(before["achieved"]), pytest.approx(before["std"]), pytest.approx(before["native"])
+    assert (after["achieved"], after["std"], after["native"]) == close
+    same = ("target", "quantiles", "views", "questions", "data_hash", "per", "method")
+    assert {name: after[name] for name in same} == {name: pytest.approx(before[name], abs=0) for name in same}
+    assert run.resolved["thresholds_sha256"]
+
+
+def test_a_task_of_a_group_has_the_groups_threshold(calibrated, ask, tmp_path):
+    record = calibrated(["both"])
+    run, _ = ask("left", keep=4, thresholds=str(tmp_path / "thresholds.yaml"))
+    row = record["benchmarks"]["both"]["baselines"]["random:4"]["tokens"]
+    assert run.calibrations["left"]["fitted"] == {"threshold": row["threshold"], "ties": row["ties"]}
+
+
+def test_thresholds_that_do_not_fit_are_refused(calibrated, ask, tmp_path, monkeypatch, codebook_file):
+    calibrated(["left"], match="random:4")
+    file = str(tmp_path / "thresholds.yaml")
+    other = tiny.save_codebook(tmp_path / "other.safetensors", rows=7)
+    (tmp_path / "foreign.yaml").write_text("benchmarks: {}\n")
+    opened = []
+    monkeypatch.setattr(Question, "load", lambda *_: opened.append(1))
+    for arguments, words in [
+        ({"thresholds": str(tmp_path / "none.yaml")}, "No such file"),
+        ({"thresholds": str(tmp_path / "foreign.yaml")}, "something else: KeyError 'setting'"),
+        ({"keep": None, "threshold": 0.4}, "a budget that is no mean"),
+        ({"variant": "double_softmax"}, "a budget that is no mean"),
+        ({"codebook": str(other)}, "codebook_sha256="),
+        ({"split": False}, "split=True"),
+        ({"per": "image"}, "per=view"),
+        ({"dtype": "bfloat16"}, "dtype=torch.float32"),
+        ({"name": "one"}, r"for task one(.|\n)*allowed: left"),
+        ({"keep": 5}, r"for 5 on left(.|\n)*allowed: random:4 \(4 tokens\)"),
+        ({"keep": None, "match": "prumerge"}, "for prumerge:adaptive on left"),
+    ]:
+        given = {"name": "left", "keep": 4, "thresholds": file, **arguments}
+        with pytest.raises(UserError, match=words):
+            ask(**given)
+    assert not opened
+    monkeypatch.undo()
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="without --limit"):
+        ask("left", limit=3, keep=4, thresholds=file)
+
+
+def test_thresholds_of_other_weights_are_refused(calibrated, ask, tmp_path, next_checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    calibrated(match="random:4")
+    changed = shutil.copytree(next_checkpoint, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights = {name: own * 1.5 if "projector" in name else own for name, own in weights.items()}
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="weights="):
+        ask(keep=4, thresholds=str(tmp_path / "thresholds.yaml"), pretrained=str(changed))
 
 
 def test_benchmarks_of_several_tasks_are_one_and_one_threshold_serves_all(calibrated):
@@ -558,6 +640,15 @@ def test_counting_what_prumerge_retains_merges_nothing(next_checkpoint):
 def test_mistakes_are_told_in_four_lines(calibrated, options, words):
     with pytest.raises(UserError, match=words):
         calibrated(**options)
+
+
+def test_tasks_are_loaded_for_the_entry(next_checkpoint, codebook_file, cache, manager, monkeypatch, tmp_path):
+    from rcb_lmms import runs
+
+    asked = []
+    monkeypatch.setattr(runs, "make_task_manager", lambda entry: asked.append(entry) or manager)
+    calibrate_tasks(next_checkpoint, ["left"], "random:4", codebook=str(codebook_file), out=tmp_path / "a.yaml")
+    assert asked == ["llava_next_rcb"]
 
 
 def test_data_that_is_not_there(calibrated, manager, tasks):

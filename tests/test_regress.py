@@ -97,6 +97,18 @@ def test_what_was_recorded_is_found_again(recorded, manager, capsys):
     assert len({sample.answer for sample in full.samples}) > 2  # constant answers would prove nothing
 
 
+def test_each_case_is_asked_in_its_entrys_words(declared, manager, capsys, tmp_path):
+    path = declared("full")
+    document = yaml.safe_load(path.read_text())
+    document["tasks"] = {"rcb_pope": {"size": 6, "strata": "category"}}
+    path.write_text(yaml.safe_dump(document))
+    manager.model_name = "llava_next_full"  # what the case before left behind
+    command.record(path, manager=manager)
+    golden = Golden.read(tmp_path / "tiny" / "full.jsonl")
+    assert len(golden.samples) == 6
+    assert all(sample.question.endswith("Please answer this question with one word.") for sample in golden.samples)
+
+
 def test_kept_sets_are_those_of_eager_attention_and_of_the_seed(recorded, family, pope_tree, checkpoint):
     path = recorded("fastv", "random")
     fastv, random = (Golden.read(path.with_suffix("") / f"{name}.jsonl") for name in ("fastv", "random"))

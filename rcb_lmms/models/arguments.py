@@ -15,6 +15,7 @@ from rcb_lmms.families.base import choose
 from rcb_lmms.families.tiles import PACKINGS
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
+from rcb_lmms.models.threshold_file import ThresholdFile
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 
@@ -57,6 +58,7 @@ class Settings:
         per: `view` or `image`: what the budget is spent on.
         batch_size: questions per batch.
         seed: of sampling and of random pruning.
+        thresholds: where the parameter for `target` is read instead of fitted.
     """
 
     loading: dict[str, Any]
@@ -65,6 +67,7 @@ class Settings:
     per: str
     batch_size: int
     seed: int
+    thresholds: ThresholdFile | None = None
 
 
 def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
@@ -79,7 +82,7 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     _check_provided(family, entry_id(family, method), method)
     options = _method_options(method)
     budgets = budget_names(method)
-    common = ["preset", "batch_size", "seed", *(["per"] if budgets else [])]
+    common = ["preset", "batch_size", "seed", *["per"] * bool(budgets), *["thresholds"] * (method == "rcb")]
     allowed = [*LOADING, *own.options, *budgets, *options, *common]
     unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
     if unknown:
@@ -98,7 +101,8 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     if "codebook" in options:
         chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
     preset = str(arguments.get("preset", "official"))
-    if method == "rcb" and preset == "official" and family in OFFICIAL_VARIANTS and "threshold" not in given:
+    on_cosines = "threshold" in given or "thresholds" in arguments
+    if method == "rcb" and preset == "official" and family in OFFICIAL_VARIANTS and not on_cosines:
         # A threshold on a cosine means the variant that has one.
         chosen.setdefault("variant", OFFICIAL_VARIANTS[family])
     budget, target = _budget(method, given, chosen)
@@ -106,7 +110,19 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
         _check_provided(family, f"match={given['match']}", target.baseline.name)
     pruner = make_pruner(method, budget=budget, preset=preset, **chosen)
     per = choose("per", str(arguments.get("per", "view")), PER)
-    return Settings(loading, pruner, target, per, _whole("batch_size", arguments.get("batch_size", 1)), seed)
+    batch_size = _whole("batch_size", arguments.get("batch_size", 1))
+    return Settings(loading, pruner, target, per, batch_size, seed, _thresholds(arguments.get("thresholds"), target))
+
+
+def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None:
+    if path is not None and target is None:
+        raise UserError(
+            wanted=f"thresholds={path}",
+            found="a budget that is no mean, so that there is nothing to look up",
+            allowed="keep, ratio or match of rcb with variant=max_cosine",
+            next_step="remove thresholds, or choose another budget",
+        )
+    return None if path is None else ThresholdFile.load(path)
 
 
 def supports(family: str, method: str) -> bool:
@@ -165,6 +181,7 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         "target": str(settings.target) if settings.target else None,
         "per": settings.per,
         "codebook_sha256": codebook.sha256 if codebook is not None else None,
+        "thresholds_sha256": settings.thresholds.sha256 if settings.thresholds is not None else None,
         "revision": family.revision,
         "fingerprint": family.fingerprint,
         "preprocess": family.preprocess,

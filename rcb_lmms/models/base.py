@@ -66,6 +66,9 @@ class PrunedModel(lmms):
         self.shape = DecoderShape.of(self.family.model.config)
         self.batch_size = self.settings.batch_size
         self.encoder = ImageEncoder(self.family, self._needs(), per=self.settings.per)
+        if self.settings.thresholds is not None:
+            with leave_with():
+                self.settings.thresholds.check(self.encoder, self.settings.pruner)
         self.rows: list[tuple[str, VisualTokenCounts]] = []
         self.seconds = 0.0
         self.run = RunRecord(

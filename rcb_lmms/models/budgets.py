@@ -28,11 +28,14 @@ def calibrate_requests(
     """Fit the entry's method to a task's requests; every process gets the same result.
 
     Returns:
-        The fitted method, the record, and whether it came from the cache.
+        The fitted method, the record, and whether it came from the cache or a file of thresholds.
 
     Raises:
-        UserError: no image, or a budget that the images cannot meet.
+        UserError: no image, a budget that the images cannot meet, or one that the file does not have.
     """
+    pruner, file = model.settings.pruner, model.settings.thresholds
+    if file is not None:
+        file.row(task, target)  # refused before a whole benchmark is opened
     own = [question for question in questions if not question.padding]
     keys = [[visual.key for visual in _opened(model, question)] for question in own]
     weights = Counter(key for of_question in keys for key in of_question)
@@ -43,14 +46,17 @@ def calibrate_requests(
             allowed="tasks over images or videos",
             next_step="check the task's data with the unpruned entry, which says what is wrong with each sample",
         )
+    data = calibrate.data_hash(every)
+    if file is not None:
+        record = file.calibration(task, target, data, float(sum(every.values())))
+        return calibrate.with_parameters(pruner, record.fitted), record, True
     identity = {
         "task": task,
-        "data": (data := calibrate.data_hash(every)),
+        "data": data,
         "target": str(target),
         "pruner": model.run.resolved["pruner"],
         **{name: model.run.resolved[name] for name in (*ENCODING, *model.family.options)},
     }
-    pruner = model.settings.pruner
     if all(gather((record := calibrate.cached(identity)) is not None)):
         return calibrate.with_parameters(pruner, record.fitted), record, True
     baselines = {} if target.baseline is None else {"baseline": target.baseline}

@@ -9,11 +9,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import sha256_of
+from rcb_lmms.families.identity import weights_hash
 from rcb_lmms.regress.declaration import Case
 from rcb_lmms.regress.golden import COUNTS, Golden, Sample
 from rcb_lmms.regress.kept import kept_sets
@@ -55,6 +54,8 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
         made_of = _made_of(model.family, run)
         if golden is not None:
             golden.check_made_of(made_of)
+        # Tasks choose their words by the entry, and the manager serves the cases in turn.
+        manager.model_name = case.entry
         tasks = {name: load_task(name, manager) for name in case.subsets}
         names = {name: _restricted(name, task, case, golden) for name, task in tasks.items()}
         results = _evaluate(model, list(tasks.values()), manager)
@@ -213,22 +214,11 @@ def _resolved(run: RunRecord) -> dict[str, str]:
 def _made_of(family: Family, run: RunRecord) -> dict[str, str | None]:
     """What makes two machines' results comparable; named by content, wherever it lies."""
     return {
-        "weights": _weights(family),
+        "weights": weights_hash(family),
         "codebook": run.resolved["codebook_sha256"],
         "dtype": str(family.dtype),
         "device": family.device.type,
     }
-
-
-def _weights(family: Family) -> str:
-    """The hub's commit, or a hash over a folder's files."""
-    from rcb_lmms.lab.checkpoint import lab_checkpoint
-
-    if family.revision:
-        return str(family.revision)
-    folder = lab_checkpoint(family.name) if family.pretrained.partition(":")[0] == "lab" else Path(family.pretrained)
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
-    return _short_hash(json.dumps([[file.name, sha256_of(file)] for file in files]))
 
 
 def _short_hash(text: str) -> str:
