@@ -109,6 +109,36 @@ def test_each_case_is_asked_in_its_entrys_words(declared, manager, capsys, tmp_p
     assert all(sample.question.endswith("Please answer this question with one word.") for sample in golden.samples)
 
 
+def test_several_images_and_videos_are_held_too(manager, codebook_file, capsys, tmp_path, monkeypatch):
+    import task_trees
+    import tiny_onevision
+    from test_entries import save_video
+
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.chdir(task_trees.write_all(tmp_path))
+    for number in range(2):
+        save_video(next(tmp_path.rglob(f"state_change_{number}.mp4")), number)
+    common = {"pretrained": str(tiny_onevision.save_onevision(tmp_path / "model")), "device": "cpu"}
+    arguments = {"keep": 2, "codebook": str(codebook_file), "max_frames_num": 4}
+    document = {
+        "tasks": {"rcb_muirbench": {"size": 2, "strata": "task"}, "rcb_mvbench_state_change": {"size": 2}},
+        "common": common,
+        "cases": {"rcb": {"entry": "llava_onevision_rcb", "model_args": {**arguments, "preset": "paper"}}},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(document))
+    command.record(path, manager=manager)
+    golden = Golden.read(tmp_path / "tiny" / "rcb.jsonl")
+    shown = [(sample.task, [part.native for part in sample.kept]) for sample in golden.samples]
+    # Two images of 4 x 4 tokens each, and four frames of 2 x 2.
+    assert sorted(shown) == [("rcb_muirbench", [16, 16])] * 2 + [("rcb_mvbench_state_change", [4] * 4)] * 2
+    assert set(golden.calibrations) == {"rcb_muirbench", "rcb_mvbench_state_change"}
+    assert all(sum(len(part.kept) for part in own.kept) == own.counts["visual_kept"] for own in golden.samples)
+    status, text = check(path, manager, capsys)
+    assert (status, "4 samples, 0 findings" in text) == (0, True)
+
+
 def test_kept_sets_are_those_of_eager_attention_and_of_the_seed(recorded, family, pope_tree, checkpoint):
     path = recorded("fastv", "random")
     fastv, random = (Golden.read(path.with_suffix("") / f"{name}.jsonl") for name in ("fastv", "random"))
