@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rcb_lmms.report.collect import Excluded
 
 TASKS = ("pope", "mme")
+# Images of POPE, 18 questions each, and per subtask of MME, two questions each.
+SIZES = {"pope": 60, "mme": 60}
 # A quarter and a ninth of the laboratory model's 144 visual tokens.
 BUDGETS = (36, 16)
 METHODS = ("rcb", "prumerge", "prumerge_plus", "fastv")
@@ -61,8 +63,7 @@ def quickstart(
     codebook: str | None = None,
     budgets: Sequence[int] = BUDGETS,
     seeds: Sequence[int] = SEEDS,
-    pope_images: int = 60,
-    mme_images: int = 60,
+    sizes: Mapping[str, int] = SIZES,
 ) -> Path:
     """Run the comparison below `out` and say where everything lies; finished runs are not repeated.
 
@@ -72,8 +73,7 @@ def quickstart(
         codebook: file or id; by default the laboratory's.
         budgets: retained visual tokens per image, of which RCB and PruMerge meet the mean.
         seeds: of random pruning.
-        pope_images: images of the laboratory's POPE, 18 questions each.
-        mme_images: images per subtask of the laboratory's MME, two questions each.
+        sizes: of the laboratory's benchmarks.
 
     Raises:
         UserError: no checkpoint or codebook, samples that failed, a folder that cannot be written.
@@ -84,7 +84,7 @@ def quickstart(
     _check_inputs(pretrained, codebook)
     planned = steps(pretrained, codebook, budgets, seeds)
     with _quiet(out / "log.txt"):
-        data = _write_data(out / "data", pope_images, mme_images)
+        data = _write_data(out / "data", sizes)
         _run_all(planned, out / "runs", data)
         excluded = _report(planned, out, budgets)
     minutes = (time.perf_counter() - began) / 60
@@ -120,18 +120,18 @@ def _quiet(log: Path) -> Iterator[None]:
         yield
 
 
-def _write_data(data: Path, pope_images: int, mme_images: int) -> Path:
+def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
     """The laboratory's benchmarks, unless they are there in these sizes."""
     from rcb_lmms.lab.data import write_data
 
-    sizes = f"pope_images={pope_images} mme_images={mme_images}\n"
+    told = " ".join(f"{name}={size}" for name, size in sizes.items()) + "\n"
     done = data / "sizes.txt"
     if not done.exists():
-        write_data(data, pope_images=pope_images, mme_images=mme_images)
-        write_atomic(done, sizes)
-    elif done.read_text() != sizes:
+        write_data(data, benchmarks=TASKS, sizes=sizes)
+        write_atomic(done, told)
+    elif done.read_text() != told:
         raise UserError(
-            wanted=f"laboratory data with {sizes.strip()}",
+            wanted=f"laboratory data with {told.strip()}",
             found=f"{data} with {done.read_text().strip()}",
             allowed="one size per folder: runs over different samples cannot be compared",
             next_step="name another folder: --out",

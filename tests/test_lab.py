@@ -15,6 +15,7 @@ from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab import data, questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor
 from rcb_lmms.lab.examples import plain
+from rcb_lmms.lab.image_data import MME_SUBTASKS, POPE_CATEGORIES
 from rcb_lmms.lab.language import Wording
 from rcb_lmms.lab.packing import pack, run_packed
 from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
@@ -159,7 +160,7 @@ def test_a_choice_of_places_is_answered_by_the_true_one():
 def test_pope_negatives_belong_to_their_category():
     for scene in SCENES:
         kinds, colours = {o.kind for o in scene.objects}, {o.colour for o in scene.objects}
-        for category in data.POPE_CATEGORIES:
+        for category in POPE_CATEGORIES:
             phrases = questions.absent_phrases(scene, category)
             assert len(phrases) >= 3
             assert not any(holds(scene, f"Is there a {phrase} in the image?") for phrase in phrases)
@@ -353,9 +354,12 @@ def test_tower_starts_with_a_sense_of_place():
 # Benchmark files
 
 
+SMALL = {"benchmarks": ("pope", "mme"), "sizes": {"pope": 3, "mme": 2}}
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return data.write_data(tmp_path_factory.mktemp("lab"), pope_images=3, mme_images=2)
+    return data.write_data(tmp_path_factory.mktemp("lab"), **SMALL)
 
 
 @pytest.fixture
@@ -376,7 +380,7 @@ def test_pope_tree_matches_schema_and_upstream(offline):
     texts = rows.remove_columns("image").to_list()
     for source in {row["image_source"] for row in texts}:
         scene = make_scene("test", int(source.split("_")[1]))
-        for category in data.POPE_CATEGORIES:
+        for category in POPE_CATEGORIES:
             part = [r for r in texts if r["image_source"] == source and r["category"] == category]
             assert [r["answer"] for r in part] == ["yes", "no"] * 3
             assert all(holds(scene, r["question"]) == (r["answer"] == "yes") for r in part)
@@ -385,7 +389,7 @@ def test_pope_tree_matches_schema_and_upstream(offline):
     assert pope_doc_to_text(rows[0], specific) == rows[0]["question"] + questions.PHRASE_SUFFIX
     np.testing.assert_array_equal(np.asarray(pope_doc_to_visual(rows[0])[0]), make_scene("test", 0).pixels())
     full = offline("lmms-lab/POPE", "Full")
-    assert {name: len(part) for name, part in full.items()} == dict.fromkeys(data.POPE_CATEGORIES, 18)
+    assert {name: len(part) for name, part in full.items()} == dict.fromkeys(POPE_CATEGORIES, 18)
 
 
 def test_mme_tree_matches_schema_and_upstream(offline):
@@ -393,7 +397,7 @@ def test_mme_tree_matches_schema_and_upstream(offline):
 
     rows = offline("lmms-lab-encoder/MME")["test"]
     assert set(rows.column_names) == {"question_id", "question", "answer", "category", "image"}
-    assert len(rows) == 2 * 2 * len(data.MME_SUBTASKS)
+    assert len(rows) == 2 * 2 * len(MME_SUBTASKS)
     specific = {"pre_prompt": "", "post_prompt": questions.PHRASE_SUFFIX}
     results = []
     for row in rows:
@@ -401,25 +405,30 @@ def test_mme_tree_matches_schema_and_upstream(offline):
         assert text.endswith("?" + questions.PHRASE_SUFFIX)
         assert "yes or no" not in text
         results.append(mme_process_results(row, [row["answer"]])["mme_perception_score"])
-    assert mme_aggregate_results(results) == 200 * len(data.MME_SUBTASKS)
+    assert mme_aggregate_results(results) == 200 * len(MME_SUBTASKS)
 
 
 def test_another_tree_is_not_served_from_the_cache(tree, tmp_path, monkeypatch):
     from datasets import load_dataset
 
     monkeypatch.chdir(tree)
-    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 4 * len(data.MME_SUBTASKS)
-    data.write_data(tmp_path / "other", benchmarks=("mme",), mme_images=1)
+    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 4 * len(MME_SUBTASKS)
+    data.write_data(tmp_path / "other", benchmarks=("mme",), sizes={"mme": 1})
     monkeypatch.chdir(tmp_path / "other")
-    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 2 * len(data.MME_SUBTASKS)
+    assert len(load_dataset("lmms-lab/MME", cache_dir=str(tmp_path / "cache"))["test"]) == 2 * len(MME_SUBTASKS)
 
 
 def test_files_are_the_same_each_time_and_bad_names_are_refused(tree, tmp_path):
-    again = data.write_data(tmp_path / "again", pope_images=3, mme_images=2)
+    again = data.write_data(tmp_path / "again", **SMALL)
     for path in sorted(tree.rglob("*.parquet")):
         assert path.read_bytes() == (again / path.relative_to(tree)).read_bytes()
-    with pytest.raises(UserError, match="pope, mme"):
-        data.write_data(tmp_path, benchmarks=("imagenet",))
+    for wrong in ({"benchmarks": ("imagenet",)}, {"sizes": {"imagenet": 1}}):
+        with pytest.raises(UserError, match="found:   imagenet\nallowed: pope, mme"):
+            data.write_data(tmp_path, **wrong)
+    with pytest.raises(UserError, match="pope=0"):
+        data.write_data(tmp_path, sizes={"pope": 0})
+    with pytest.raises(UserError, match="llava_next"):
+        data.write_data(tmp_path, family="gpt")
 
 
 def test_codebook_images_are_scenes_of_their_split(tmp_path):

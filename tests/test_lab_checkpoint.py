@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from rcb_lmms.lab import data, questions
+from rcb_lmms.lab import questions
 from rcb_lmms.lab.check import check, format_table
 from rcb_lmms.lab.checkpoint import lab_checkpoint
+from rcb_lmms.lab.image_data import MME_SUBTASKS
 from rcb_lmms.lab.scenes import make_scene
 
 
@@ -29,12 +30,12 @@ def loaded():
 
 def test_unpruned_model_answers(table):
     assert table["unpruned"]["pope"] >= 0.95
-    for subtask in data.MME_SUBTASKS:
+    for subtask in MME_SUBTASKS:
         assert table["unpruned"][subtask] >= 0.9, format_table(table)
 
 
 def test_model_looks_at_the_objects(table):
-    for kind in ("pope", *data.MME_SUBTASKS):
+    for kind in ("pope", *MME_SUBTASKS):
         assert table["blank"][kind] <= 0.55, format_table(table)
         assert table["background"][kind] <= 0.55, format_table(table)
     assert table["objects"]["pope"] >= table["unpruned"]["pope"] - 0.05

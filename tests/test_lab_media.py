@@ -185,11 +185,10 @@ def test_videos_are_files_that_show_the_scene():
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     out = tmp_path_factory.mktemp("media")
-    sizes = {"pope_images": 1, "mme_images": 1, "muirbench_items": 2, "mvbench_videos": 1}
-    return data.write_data(out, family="llava_onevision", **sizes)
+    return data.write_data(out, family="llava_onevision", benchmarks=["muirbench"], sizes={"muirbench": 2})
 
 
-def test_muirbench_and_mvbench_trees_have_the_true_schemas(tree, tmp_path):
+def test_muirbenchs_tree_has_the_true_schema(tree, tmp_path):
     from datasets import Image, List, load_dataset
 
     (file,) = (tree / "MUIRBENCH/MUIRBENCH/default").glob("*.parquet")
@@ -202,9 +201,5 @@ def test_muirbench_and_mvbench_trees_have_the_true_schemas(tree, tmp_path):
     assert set(rows["task"]) == set(MUIRBENCH_TASKS.values())
     assert all(row["answer"] in "ABCD"[: len(row["options"])] for row in rows)
     assert all(row["question"].count("<image>") in (0, len(row["image_list"])) for row in rows)
-    (file,) = (tree / "OpenGVLab/MVBench/moving_direction").glob("*.parquet")
-    (row,) = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path))
-    assert row["answer"] in row["candidates"]
-    assert (tree / "mvbench_video/clevrer/video_validation" / row["video"]).stat().st_size > 1000
     assert not (tree / "lmms-lab-encoder").is_symlink()
     assert pack([1], [2], [[]], 0).tokens.shape == (1, 3)

@@ -498,8 +498,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
         "codebook": str(codebook_file),
         "budgets": (2,),
         "seeds": (0,),
-        "pope_images": 1,
-        "mme_images": 1,
+        "sizes": {"pope": 1, "mme": 1},
     }
     out = quickstart(tmp_path / "quick", **options)
     said = capsys.readouterr().out
@@ -529,7 +528,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     changed = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert changed == ["fastv-2"]
     with pytest.raises(UserError, match="runs over different samples cannot be compared"):
-        quickstart(tmp_path / "quick", **options | {"pope_images": 2})
+        quickstart(tmp_path / "quick", **options | {"sizes": {"pope": 2, "mme": 1}})
 
 
 @pytest.mark.parametrize("save", [tiny_next.save_next, tiny_onevision.save_onevision])

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rcb_lmms.errors import UserError
+
 lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, check it.", no_args_is_help=True)
 
 LabFamily = Annotated[str, typer.Option(help="llava, llava_next or llava_onevision.")]
@@ -30,21 +32,37 @@ def lab_train(
 def lab_data(
     out: Annotated[Path, typer.Option(help="Folder in which lmms_eval then finds its data sets.")],
     family: LabFamily = "llava",
-    pope_images: Annotated[int, typer.Option(help="Images of POPE, 18 questions each.", min=1)] = 40,
-    mme_images: Annotated[int, typer.Option(help="Images per MME subtask, two questions each.", min=1)] = 40,
-    muirbench_items: Annotated[int, typer.Option(help="Questions per MuirBench task.", min=1)] = 40,
-    mvbench_videos: Annotated[int, typer.Option(help="Videos per MVBench subtask.", min=1)] = 40,
+    benchmark: Annotated[list[str] | None, typer.Option(help="One of the ten; repeatable. All by default.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="A benchmark's images or questions; repeatable.")
+    ] = None,
 ) -> None:
-    """Write the benchmarks that a family's laboratory model answers, in the schemas of the true ones."""
-    from rcb_lmms.lab.data import write_data
+    """Write the ten benchmarks in the schemas of the true ones, about scenes such as the models are taught."""
+    from datasets import disable_progress_bars
 
-    sizes = {"pope_images": pope_images, "mme_images": mme_images}
-    sizes |= {"muirbench_items": muirbench_items, "mvbench_videos": mvbench_videos}
-    typer.echo(f"wrote {write_data(out, family=family, **sizes)}")
-    arguments, tasks = "pretrained=lab,keep=36", "pope,mme"
-    if family == "llava_onevision":
-        arguments, tasks = "pretrained=lab,keep=9,max_frames_num=8", "muirbench,mvbench_moving_direction"
-    typer.echo(f"next: cd {out} && lmms_eval --model {family}_rcb --model_args {arguments} --tasks {tasks}")
+    from rcb_lmms.lab.data import family_tasks, write_data
+
+    disable_progress_bars()  # a line for each of thirty files
+    typer.echo(f"wrote {write_data(out, family=family, benchmarks=benchmark or None, sizes=_sizes(size or []))}")
+    arguments = f"pretrained=lab,{'ratio=0.25,max_frames_num=8' if family == 'llava_onevision' else 'keep=36'}"
+    if tasks := family_tasks(family, *([benchmark] if benchmark else [])):
+        command = f"lmms_eval --model {family}_rcb --model_args {arguments} --tasks {','.join(tasks)}"
+        typer.echo(f"next: cd {out} && {command}")
+
+
+def _sizes(given: list[str]) -> dict[str, int]:
+    sizes = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        if not number.isdecimal():
+            raise UserError(
+                wanted="a benchmark's size",
+                found=f"--size {item}",
+                allowed="NAME=N, N a whole number",
+                next_step="--size pope=40, for one",
+            )
+        sizes[name] = int(number)
+    return sizes
 
 
 @lab_app.command("images")

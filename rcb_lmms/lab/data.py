@@ -1,34 +1,71 @@
 """The laboratory's benchmarks as files, in the exact schemas of the true ones.
 
-`write_data` makes a tree in which lmms-eval's own tasks (`pope`, `mme`, ...) run unmodified and offline when it is the
-current directory: `datasets` prefers a local folder of the data set's name. One writer function per benchmark.
+`write_data` makes a tree in which lmms-eval's own tasks (`pope`, `mme`, ...) and this package's run unmodified and
+offline when it is the current directory: `datasets` prefers a local folder of the data set's name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import unwritable, write_atomic
-from rcb_lmms.lab.questions import (
-    KINDS_OF_QUESTION,
-    YES_NO_SUFFIX,
-    absent_phrases,
-    pope_question,
-    present_phrases,
+from rcb_lmms.lab.caption_data import write_flickr30k, write_nocaps
+from rcb_lmms.lab.image_data import (
+    ORGANISATION,
+    write_mmbench,
+    write_mme,
+    write_pope,
+    write_realworldqa,
+    write_seed,
 )
-from rcb_lmms.lab.scenes import Scene, make_large_scene, make_scene
+from rcb_lmms.lab.media_data import write_mantis, write_muirbench, write_mvbench
+from rcb_lmms.lab.scenes import make_large_scene, make_scene
+from rcb_lmms.lab.tree import png
 
-ORGANISATION, FORMER_ORGANISATION = "lmms-lab-encoder", "lmms-lab"
-POPE_CATEGORIES = ("random", "popular", "adversarial")
-# Declared are the subtasks that the shipped model answers: counting, places and digits are below 90%.
-MME_SUBTASKS = ("existence", "color")
-_TEXT = "string"
+FORMER_ORGANISATION = "lmms-lab"
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "pope": write_pope,
+    "mme": write_mme,
+    "mmbench": write_mmbench,
+    "seed": write_seed,
+    "realworldqa": write_realworldqa,
+    "nocaps": write_nocaps,
+    "flickr30k": write_flickr30k,
+    "mantis": write_mantis,
+    "muirbench": write_muirbench,
+    "mvbench": write_mvbench,
+}
+# Images of POPE (18 questions each), NoCaps and Flickr30k; images per subtask of MME (two questions each); questions
+# per task of MuirBench; videos per subtask of MVBench; else questions, MMBench's before their options are rotated.
+DEFAULT_SIZES = {
+    "pope": 40,
+    "mme": 40,
+    "mmbench": 60,
+    "seed": 60,
+    "realworldqa": 60,
+    "nocaps": 60,
+    "flickr30k": 60,
+    "mantis": 60,
+    "muirbench": 40,
+    "mvbench": 10,
+}
+# This package's tasks that ask them.
+TASKS = {
+    "pope": "rcb_pope",
+    "mme": "rcb_mme",
+    "mmbench": "rcb_mmbench_en_dev",
+    "seed": "rcb_seed_image",
+    "realworldqa": "rcb_realworldqa",
+    "nocaps": "rcb_nocaps_val",
+    "flickr30k": "rcb_flickr30k",
+    "mantis": "rcb_mantis",
+    "muirbench": "rcb_muirbench",
+    "mvbench": "rcb_mvbench",
+}
+# The models of the other families were taught one image at a time.
+SEVERAL_IMAGES = ("mantis", "muirbench", "mvbench")
 
 
 def write_data(
@@ -37,114 +74,43 @@ def write_data(
     family: str = "llava",
     seed_split: str = "test",
     benchmarks: Sequence[str] | None = None,
-    pope_images: int = 40,
-    mme_images: int = 40,
-    muirbench_items: int = 40,
-    mvbench_videos: int = 40,
+    sizes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write the benchmarks a family's laboratory model answers (or those named) below `out`.
+    """Write all ten benchmarks (or those named) below `out`.
 
-    LLaVA-NeXT is shown large scenes with small objects. Sizes are images of POPE (18 questions each), images per MME
-    subtask (two each), questions per MuirBench task, and videos per MVBench subtask.
+    Args:
+        out: the folder, which must then be the current one.
+        family: `llava_next` is shown large scenes with small objects where a question has one image.
+        seed_split: of the scenes, any name but those that models and codebooks are made from.
+        benchmarks: some of `BENCHMARKS`.
+        sizes: instead of those in `DEFAULT_SIZES`.
 
     Raises:
-        UserError: a benchmark is unknown, or the folder cannot be written.
+        UserError: a family, benchmark or size is unknown or impossible, or the folder cannot be written.
     """
-    out = Path(out)
-    benchmarks = FAMILY_BENCHMARKS[family] if benchmarks is None else benchmarks
-    unknown = sorted(set(benchmarks) - set(BENCHMARKS))
-    if unknown:
+    from rcb_lmms.lab.checkpoint import FAMILIES
+
+    out, sizes = Path(out), dict(sizes or {})
+    benchmarks = tuple(BENCHMARKS if benchmarks is None else benchmarks)
+    _check_known("family of the laboratory", [family], FAMILIES)
+    _check_known("benchmarks of the laboratory", [*benchmarks, *sizes], BENCHMARKS)
+    if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
         raise UserError(
-            wanted="benchmarks of the laboratory",
-            found=", ".join(unknown),
-            allowed=", ".join(BENCHMARKS),
-            next_step="name only the allowed ones",
+            wanted="sizes of benchmarks",
+            found=", ".join(wrong),
+            allowed="whole numbers from 1",
+            next_step="name larger ones, or leave the benchmark out",
         )
-    sizes = {"pope": pope_images, "mme": mme_images, "muirbench": muirbench_items, "mvbench": mvbench_videos}
     for name in benchmarks:
-        BENCHMARKS[name](out, seed_split, sizes[name], make_large_scene if family == "llava_next" else make_scene)
+        BENCHMARKS[name](out, seed_split, (DEFAULT_SIZES | sizes)[name], _drawn(family))
     if (out / ORGANISATION).is_dir():
         _link_former_organisation(out)
     return out
 
 
-def write_pope(out: Path, split: str, images: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
-    """POPE: three categories of six questions per image, half answered by yes; configurations default and Full."""
-    rows: dict[str, list[dict]] = {category: [] for category in POPE_CATEGORIES}
-    for index in range(images):
-        scene = draw(split, index)
-        random = np.random.default_rng(index)
-        image = _png(scene)
-        positives = random.permutation(present_phrases(scene))[:3]
-        for category in POPE_CATEGORIES:
-            negatives = random.permutation(absent_phrases(scene, category))[:3]
-            for phrase in np.stack([positives, negatives], 1).ravel():
-                question = pope_question(scene, str(phrase))
-                row = {"question": question.text, "answer": question.answer.lower(), "image": image}
-                rows[category].append({**row, "image_source": f"{split}_{index:06d}", "category": category})
-    # Numbers run within a category, as in the true file.
-    numbered = {
-        category: [{"id": str(n), "question_id": str(n + 1), **row} for n, row in enumerate(part)]
-        for category, part in rows.items()
-    }
-    schema = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), _TEXT)
-    everything = [row for part in numbered.values() for row in part]
-    everything = [{**row, "id": str(n)} for n, row in enumerate(everything)]
-    _write_configurations(out / ORGANISATION / "POPE", {"default": {"test": everything}, "Full": numbered}, schema)
-
-
-def write_mme(out: Path, split: str, images: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
-    """MME: for every subtask images with two questions, one answered by yes and one by no."""
-    rows = []
-    for subtask in MME_SUBTASKS:
-        index = written = 0
-        while written < images:
-            scene = draw(f"{split}-{subtask}", index)
-            index += 1
-            pair = KINDS_OF_QUESTION[subtask](scene, np.random.default_rng(index))
-            if not pair:
-                continue
-            written += 1
-            image, identity = _png(scene), f"{subtask}/{index:04d}.png"
-            for question in pair:
-                text = question.text + YES_NO_SUFFIX
-                row = {"question_id": identity, "question": text, "answer": question.answer}
-                rows.append({**row, "category": subtask, "image": image})
-    schema = dict.fromkeys(("question_id", "question", "answer", "category"), _TEXT)
-    _write_configurations(out / ORGANISATION / "MME", {"default": {"test": rows}}, schema)
-
-
-def write_muirbench(out: Path, split: str, items: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
-    """MuirBench: questions about two to four images, which stand first or where the text has them."""
-    from rcb_lmms.lab.media_data import muirbench_rows
-
-    schema = dict.fromkeys(("idx", "task", "image_relation", "image_type", "question", "answer"), _TEXT)
-    rows = muirbench_rows(split, items)
-    _write_configurations(
-        out / "MUIRBENCH" / "MUIRBENCH", {"default": {"test": rows}}, schema | {"options": [_TEXT]}, "image_list"
-    )
-
-
-def write_mvbench(out: Path, split: str, videos: int, draw: Callable[[str, int], Scene] = make_scene) -> None:
-    """MVBench: the subtasks with laboratory videos; `rcb_lmms.local_videos` lets lmms-eval find the files."""
-    from rcb_lmms.lab.media_data import VIDEO_FOLDERS, mvbench_rows
-
-    schema = {**dict.fromkeys(("video", "question", "answer"), _TEXT), "candidates": [_TEXT]}
-    rows = {name: {"train": mvbench_rows(split, name, videos, out / "mvbench_video")} for name in VIDEO_FOLDERS}
-    _write_configurations(out / "OpenGVLab" / "MVBench", rows, schema, None)
-
-
-BENCHMARKS: dict[str, Callable[..., None]] = {
-    "pope": write_pope,
-    "mme": write_mme,
-    "muirbench": write_muirbench,
-    "mvbench": write_mvbench,
-}
-FAMILY_BENCHMARKS = {
-    "llava": ("pope", "mme"),
-    "llava_next": ("pope", "mme"),
-    "llava_onevision": ("pope", "mme", "muirbench", "mvbench"),
-}
+def family_tasks(family: str, benchmarks: Iterable[str] = BENCHMARKS) -> list[str]:
+    """This package's tasks for the benchmarks that a family's laboratory model was taught to answer."""
+    return [TASKS[name] for name in benchmarks if family == "llava_onevision" or name not in SEVERAL_IMAGES]
 
 
 def codebook_images(out_dir: str | Path, count: int, family: str = "llava") -> list[Path]:
@@ -153,43 +119,22 @@ def codebook_images(out_dir: str | Path, count: int, family: str = "llava") -> l
     Raises:
         UserError: the folder cannot be written.
     """
-    out = Path(out_dir)
-    draw = make_large_scene if family == "llava_next" else make_scene
-    return [write_atomic(out / f"scene-{n:05d}.png", _png(draw("codebook", n))["bytes"]) for n in range(count)]
+    out, draw = Path(out_dir), _drawn(family)
+    return [write_atomic(out / f"scene-{n:05d}.png", png(draw("codebook", n))["bytes"]) for n in range(count)]
 
 
-def _png(scene: Scene) -> dict:
-    buffer = io.BytesIO()
-    scene.image().save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+def _drawn(family: str):
+    return make_large_scene if family == "llava_next" else make_scene
 
 
-def _write_configurations(
-    folder: Path, configurations: dict[str, dict[str, list[dict]]], schema: dict, images: str | None = "image"
-) -> None:
-    """One parquet file per configuration and split, and the card by which `datasets` finds them.
-
-    `schema` maps columns to types, a list of one type for lists; `images` is the column of pictures, if any.
-    """
-    from datasets import Dataset, Features, Image, List, Value
-
-    columns = {name: List(Value(kind[0])) if isinstance(kind, list) else Value(kind) for name, kind in schema.items()}
-    if images is not None:
-        columns[images] = List(Image()) if images.endswith("_list") else Image()
-    features = Features(columns)
-    card = ["---", "configs:"]
-    for name, splits in configurations.items():
-        card += [f"- config_name: {name}", "  data_files:"]
-        for split, rows in splits.items():
-            buffer = io.BytesIO()
-            Dataset.from_list(rows, features=features).to_parquet(buffer)
-            # `datasets` keys its cache by names alone: without the digest another tree's rows would be served.
-            path = f"{name}/{split}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:12]}.parquet"
-            for old in (folder / name).glob(f"{split}-*.parquet"):
-                old.unlink()
-            write_atomic(folder / path, buffer.getvalue())
-            card += [f"  - split: {split}", f"    path: {path}"]
-    write_atomic(folder / "README.md", "\n".join([*card, "---", ""]))
+def _check_known(wanted: str, given: Sequence[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(
+            wanted=wanted,
+            found=", ".join(unknown),
+            allowed=", ".join(known),
+            next_step="name only the allowed ones",
+        )
 
 
 def _link_former_organisation(out: Path) -> None:

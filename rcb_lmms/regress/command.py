@@ -99,7 +99,7 @@ def _data(declaration: Declaration) -> Iterator[None]:
     if unknown := sorted(set(declaration.lab) - allowed):
         raise UserError(
             wanted=f"laboratory data with {', '.join(unknown)}",
-            found=f"unknown sizes in {declaration.path}",
+            found=f"unknown arguments in {declaration.path}",
             allowed=", ".join(sorted(allowed)),
             next_step="correct the declaration's lab",
         )

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 NOCAPS_ANNOTATIONS = "RCB_NOCAPS_ANNOTATIONS"
 FLICKR30K_SPLITS = "RCB_FLICKR30K_SPLITS"
+# What the authors call these files; laboratory data have theirs beside the data.
+NOCAPS_FILE, FLICKR30K_FILE = "nocaps_val_4500_captions.json", "dataset_flickr30k.json"
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
@@ -29,8 +31,8 @@ def nocaps_docs(docs: Dataset) -> Dataset:
     """NoCaps with a `domain` column where the domains are known; tells beforehand what cannot be scored.
 
     The data set on the hub has no domains. They are taken from a `domain` column if there is one, else from the file
-    `nocaps_val_4500_captions.json` of the benchmark's authors, if `RCB_NOCAPS_ANNOTATIONS` names it; else the overall
-    scores are the only ones, and `rcb captions` adds the others once the variable is set.
+    `nocaps_val_4500_captions.json` of the benchmark's authors, if `RCB_NOCAPS_ANNOTATIONS` names it or it lies in the
+    current folder; else the overall scores are the only ones, and `rcb captions` adds the others once it is named.
 
     Raises:
         UserError: columns are missing or of another type, or the file does not have the images.
@@ -43,8 +45,8 @@ def nocaps_docs(docs: Dataset) -> Dataset:
         if "domain" in docs.column_names:
             check_values("lmms-lab-encoder/NoCaps", "domain", docs["domain"], DOMAINS)
             return docs
-        if not os.environ.get(NOCAPS_ANNOTATIONS):
-            say(f"NoCaps: overall scores only; {NOCAPS_ANNOTATIONS}=nocaps_val_4500_captions.json gives the domains'")
+        if not _authors_file(NOCAPS_ANNOTATIONS, NOCAPS_FILE):
+            say(f"NoCaps: overall scores only; {NOCAPS_ANNOTATIONS}={NOCAPS_FILE} gives the domains'")
             return docs
         return docs.add_column("domain", [nocaps_domain(image) for image in docs["image_id"]])
 
@@ -66,7 +68,8 @@ def karpathy_docs(docs: Dataset) -> Dataset:
     """The 1000 images of Karpathy's test split of Flickr30k.
 
     Taken from a `split` column if there is one; the data set on the hub has none, so that `RCB_FLICKR30K_SPLITS` must
-    name `dataset_flickr30k.json` of Karpathy's archive, whose file names are those of the column `filename`.
+    name `dataset_flickr30k.json` of Karpathy's archive, whose file names are those of the column `filename`, or that
+    file must lie in the current folder.
 
     Raises:
         UserError: neither, or images of the split are not in the data set.
@@ -104,10 +107,10 @@ def nocaps_domain(image_id: int) -> str:
     Raises:
         UserError: no such file, a file of another kind, or an image that is not in it.
     """
-    path = os.environ.get(NOCAPS_ANNOTATIONS, "")
+    path = _authors_file(NOCAPS_ANNOTATIONS, NOCAPS_FILE)
     domains = _nocaps_domains(path)
     if int(image_id) not in domains:
-        raise _foreign(NOCAPS_ANNOTATIONS, path, f"no image {image_id} in it", "nocaps_val_4500_captions.json")
+        raise _foreign(NOCAPS_ANNOTATIONS, path, f"no image {image_id} in it", NOCAPS_FILE)
     return domains[int(image_id)]
 
 
@@ -139,6 +142,12 @@ def _check_references(references: Iterable[Sequence[str]]) -> None:
         )
 
 
+def _authors_file(variable: str, name: str) -> str:
+    """The path that a variable names, else that of the file in the current folder, else an empty string."""
+    here = Path.cwd() / name
+    return os.environ.get(variable) or (str(here) if here.is_file() else "")
+
+
 @functools.cache
 def _nocaps_domains(path: str) -> dict[int, str]:
     try:
@@ -146,17 +155,17 @@ def _nocaps_domains(path: str) -> dict[int, str]:
         return {int(image["id"]): DOMAINS[DOMAINS.index(image["domain"])] for image in images}
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise _foreign(NOCAPS_ANNOTATIONS, path, found, "nocaps_val_4500_captions.json") from error
+        raise _foreign(NOCAPS_ANNOTATIONS, path, found, NOCAPS_FILE) from error
 
 
 def _karpathy_files() -> set[str]:
-    path = os.environ.get(FLICKR30K_SPLITS, "")
+    path = _authors_file(FLICKR30K_SPLITS, FLICKR30K_FILE)
     try:
         images = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
         return {image["filename"] for image in images if image["split"] == "test"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}" if path else "the variable is not set"
-        raise _foreign(FLICKR30K_SPLITS, path, found, "dataset_flickr30k.json") from error
+        raise _foreign(FLICKR30K_SPLITS, path, found, FLICKR30K_FILE) from error
 
 
 def _foreign(variable: str, path: str, found: str, name: str) -> UserError:
