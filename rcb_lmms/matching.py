@@ -14,7 +14,7 @@ import numpy as np
 from rcb_lmms.budget import Budget, layer_average, rank_for_layer_average
 from rcb_lmms.calibrate import data_hash
 from rcb_lmms.errors import UserError
-from rcb_lmms.pruners import PRUNERS, make_pruner
+from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner
 from rcb_lmms.pruners.rcb import check_target
 from rcb_lmms.score_files import ScoredImages
@@ -57,8 +57,8 @@ class Baseline:
         method, *parts = text.strip().split(":")
         given = dict(part.split("=", 1) if "=" in part else ("rank", part) for part in parts)
         allowed = {"rank", "layer_average", "layer"} if method == "fastv" else {"rank"}
-        exact = set(PRUNERS) - {"none", "rcb"}
-        if method not in exact or set(given) - allowed or {"rank", "layer_average"} <= set(given):
+        known = method in (*MEASURED, "fastv", "random")
+        if not known or set(given) - allowed or {"rank", "layer_average"} <= set(given):
             raise _unknown(text)
         layer = int(_number(text, given.pop("layer"))) if "layer" in given else FASTV_LAYER * (method == "fastv")
         if not given and method not in MEASURED:

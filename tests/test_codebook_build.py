@@ -315,7 +315,8 @@ class FakeFamily(Family):
     def pad_embedding(self):
         return self.model.table[0].detach()
 
-    def _encode(self, visuals, needs):
+    def _encode(self, visuals, needs, size):
+        assert size is None
         assert needs == {"cls_similarity"}
         assert {visual.role for visual in visuals} == {"base"}
         images = [visual.image.resize((4, 4)) for visual in visuals]
@@ -486,10 +487,9 @@ def test_half_precision_tokens_stay_half_precision(tmp_path, images):
     class Half(FakeFamily):
         dtype = torch.float16
 
-        def _encode(self, visuals, needs):
-            return [
-                [replace(view, features=view.features.to(self.dtype))] for view, _ in super()._encode(visuals, needs)
-            ]
+        def _encode(self, visuals, needs, size):
+            views = super()._encode(visuals, needs, size)
+            return [[replace(view, features=view.features.to(self.dtype))] for view, _ in views]
 
         def pack_base(self, tokens):
             return super().pack_base(tokens.float())

@@ -109,11 +109,11 @@ def test_the_store_forgets_the_least_recently_used():
 def test_the_vision_batch_is_halved_when_memory_runs_out(family, monkeypatch):
     sizes, encode = [], family.encode
 
-    def tight(images, needs=()):
+    def tight(images, needs=(), size=None):
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(images, needs)
+        return encode(images, needs, size)
 
     monkeypatch.setattr(family, "encode", tight)
     encoder = ImageEncoder(family, frozenset(), batch_size=8)

@@ -124,7 +124,7 @@ def ask(model, documents, **generation):
 
 def test_classes_are_made_once_found_by_name_and_survive_pickle():
     names = {class_name(family, method) for family, method in ALL}
-    assert len(names) == 18
+    assert len(names) == 24
     assert names <= set(dir(entries))
     made = entries.LlavaNextPrumergePlus
     assert (made.family_name, made.method, made.__module__) == ("llava_next", "prumerge_plus", entries.__name__)
@@ -139,7 +139,7 @@ def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(family, meth
         monkeypatch.setattr("rcb_lmms.models.base.load_family", lambda **_: pytest.fail("loaded"))
         with pytest.raises(UserError, match="no cls_attention, keys") as refusal:
             entry(family, method)
-        names = {f"llava_onevision_{name}" for name in ("full", "rcb", "fastv", "random")}
+        names = {f"llava_onevision_{name}" for name in ("full", "rcb", "fastv", "random", "stride", "downsample")}
         assert set(refusal.value.allowed.split(", ")) == names
         return
     # Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token.
@@ -153,7 +153,7 @@ def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(family, meth
     assert one.run.failures == many.run.failures == []
     assert len(set(texts)) > 4
     assert counts[-1].visual_native == counts[-1].visual_kept == 0
-    if method in ("prumerge_plus", "fastv", "random"):
+    if method in ("prumerge_plus", "fastv", "random", "stride"):
         assert all(row.visual_kept == budget["keep"] * row.visual_views for row in counts)
 
 
@@ -256,6 +256,15 @@ CASES = [
     ("llava_onevision", "rcb", {"keep": 3, "per": "image"}, 5, (16, 3, 1, 4)),
     ("llava_onevision", "fastv", {"keep": 2}, 3, (32, 4, 2, 2)),
     ("llava_onevision", "full", {}, 0, (48, 48, 4, 3)),
+    ("llava_next", "stride", {"keep": 4, "per": "image"}, 4, (176, 12, 0, 11)),
+    ("llava_onevision", "stride", {"keep": 3}, 5, (16, 12, 1, 4)),
+    # Two rows of three tokens; four of each view, of 14 for all three; one row of two.
+    ("llava", "downsample", {"keep": 7}, 4, (48, 18, 0, 3)),
+    ("llava_next", "downsample", {"keep": 7, "pack": "flat_newline"}, 0, (48, 18, 1, 3)),
+    ("llava_next", "downsample", {"keep": 14, "per": "image"}, 0, (48, 12, 0, 3)),
+    ("llava_onevision", "downsample", {"keep": 6, "split": False}, 0, (16, 6, 1, 1)),
+    ("llava_onevision", "downsample", {"ratio": 0.25}, 4, (48, 12, 3, 3)),
+    ("llava_onevision", "downsample", {"keep": 3}, 5, (16, 8, 1, 4)),
     ("llava", "random", {"keep": 4}, 4, (48, 12, 0, 3)),
     ("llava", "fastv", {"keep": 4}, 5, (64, 16, 0, 4)),
 ]
@@ -305,12 +314,13 @@ def test_fastv_keeps_all_of_a_prompt_whose_packing_cut_padding_off(entry, caplog
 
 
 @pytest.mark.parametrize("family", list(ENTRIES))
-def test_rcb_that_keeps_everything_is_the_unpruned_model(family, entry, documents):
+def test_methods_that_keep_everything_are_the_unpruned_model(family, entry, documents):
     pack = {} if family == "llava" else {"pack": "flat"}
-    texts, counts = ask(entry(family, "rcb", ratio=1, **pack), documents)
     unpruned, native = ask(entry(family, "full", **pack), documents)
-    assert texts == unpruned
-    assert [row.to_dict() for row in counts] == [row.to_dict() for row in native]
+    for method in ("rcb", "stride", "downsample"):
+        texts, counts = ask(entry(family, method, ratio=1, **pack), documents)
+        assert texts == unpruned
+        assert [row.to_dict() for row in counts] == [row.to_dict() for row in native]
 
 
 # Budgets per view and per image

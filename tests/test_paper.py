@@ -22,7 +22,8 @@ from rcb_lmms.report.published import eval_configs, layout, layouts
 from rcb_lmms.resources import data_dir
 
 # Right answers of eight, by method; of random pruning by seed.
-RIGHT = {"full": 8, "rcb": 6, "fastv": 5, "prumerge": 4, "prumerge_plus": 3, "42": 3, "0": 4, "1234": 5}
+RIGHT = {"full": 8, "rcb": 6, "fastv": 5, "prumerge": 4, "prumerge_plus": 3, "stride": 3, "downsample": 2}
+RIGHT |= {"42": 3, "0": 4, "1234": 5}
 SUBTASKS = ("action_count", "scene")
 
 
@@ -253,7 +254,7 @@ def test_methods_are_compared_on_the_same_samples(whole):
     frame = comparisons(measure(layout("table-1"), whole)).set_index(["block", "row", "against", "column"])
     own = frame.loc["LLaVA-1.5 7B, retain 144 visual tokens"].loc["Ours"]
     assert own.index.get_level_values("against").unique().tolist() == [
-        "unpruned", "PruMerge", "FastV", "PruMerge+", "Random"
+        "unpruned", "PruMerge", "FastV", "PruMerge+", "Random", "Stride", "Downsample"
     ]  # fmt: skip
     ours, fastv = np.array([1] * 6 + [0] * 2), np.array([1] * 5 + [0] * 3)
     images = np.repeat(np.arange(4), 2)

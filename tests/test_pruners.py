@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ import torch
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.codebook import Codebook
+from rcb_lmms.engine.selection import select
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import PRUNERS, VisualTokens, make_pruner
 from rcb_lmms.pruners.prumerge import cls_attention_from, count_outliers
 
 WIDTH, ENCODER = 12, 10
 MERGING = {"prumerge", "prumerge_plus"}
+# Methods whose `select` leaves a view as it is.
+WHOLE = {"none", "fastv", "downsample"}
 
 
 def make_view(n=24, seed=0, dtype=torch.float32, key="a", grid=None):
@@ -70,14 +74,14 @@ def budget_for(name, count):
 
 
 def test_the_registry_knows_its_methods_by_their_names():
-    assert list(PRUNERS) == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random"]
+    assert list(PRUNERS) == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random", "stride", "downsample"]
     assert all(PRUNERS[name].name == name for name in PRUNERS)
 
 
 def test_counts_are_exact_and_indices_ascend(name):
     for n, count in ((24, 2), (24, 7), (24, 24), (7, 3)):
         selection = make(name, budget_for(name, count)).select(make_view(n))
-        expected = n if name in ("none", "fastv") else count
+        expected = n if name in WHOLE else count
         assert len(selection) == expected
         assert len(selection.kept) == expected - (name in MERGING)
         assert selection.kept.dtype == torch.int64
@@ -101,7 +105,7 @@ def test_the_kept_tokens_have_the_highest_scores(name):
     selection = make(name, budget_for(name, 7)).select(make_view())
     kept = set(selection.kept.tolist())
     out = [selection.scores[i].item() for i in range(24) if i not in kept]
-    if name in ("none", "fastv", "prumerge_plus"):  # they keep all, or a grid beside the best
+    if name in WHOLE or name == "prumerge_plus":  # which keeps a grid beside the best
         return
     assert min(selection.scores[i].item() for i in kept) >= max(out)
 
@@ -136,9 +140,12 @@ def test_budgets_that_cannot_be_spent_are_refused(name):
         return
     pruner = make(name, Budget.tokens(25))
     with pytest.raises(UserError, match="1 to 24"):
-        pruner.rank(24, 32) if name == "fastv" else pruner.select(make_view())
+        # Where the tokens go is the work of others: the decoder's, the vision tower's.
+        {"fastv": lambda: pruner.rank(24, 32), "downsample": lambda: pruner.grid((4, 6))}.get(
+            name, lambda: pruner.select(make_view())
+        )()
     refused = [Budget.adaptive()] if name == "rcb" else [Budget.threshold(0.4)]
-    if name in ("random", "fastv"):
+    if name in ("random", "fastv", "stride", "downsample"):
         refused += [Budget.adaptive(), None]
     for budget in refused:
         with pytest.raises(UserError, match="keep=64"):
@@ -155,13 +162,15 @@ def test_unknown_options_are_refused_with_the_known_ones(name):
         "prumerge_plus": "neighbours, order, scale",
         "fastv": "convention, layer, mode",
         "random": "seed",
+        "stride": "stride has no options",
+        "downsample": "downsample has no options",
     }[name]
     assert known in caught.value.allowed
     assert caught.value.found == "nonsense"
 
 
 def test_unknown_methods_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="none, rcb, prumerge, prumerge_plus, fastv, random"):
+    with pytest.raises(UserError, match="none, rcb, prumerge, prumerge_plus, fastv, random, stride, downsample"):
         make_pruner("visionzip")
 
 
@@ -170,7 +179,7 @@ def test_only_fastv_sees_the_question(name):
 
 
 def test_methods_with_exact_counts_refuse_to_be_fitted():
-    for name in ("none", "fastv", "random"):
+    for name in ("none", "fastv", "random", "stride", "downsample"):
         pruner = make(name, budget_for(name, 7))
         assert pruner.evidence(make_view()) is None
         with pytest.raises(UserError, match="rcb, prumerge"):
@@ -631,3 +640,51 @@ def test_fastv_ranks():
     for options in ({"layer": 0}, {"mode": "zero"}, {"convention": "mean"}):
         with pytest.raises(UserError):
             make("fastv", Budget.tokens(64), **options)
+
+
+# Stride.
+
+
+def test_stride_takes_the_middles_of_equal_parts():
+    for n in (1, 7, 24, 144):
+        for count in range(1, n + 1):
+            kept = make("stride", Budget.tokens(count)).select(make_view(n)).kept.tolist()
+            assert kept == [math.floor((i + Fraction(1, 2)) * Fraction(n, count)) for i in range(count)]
+            assert len(set(kept)) == count
+    assert make("stride", Budget.ratio(0.25)).select(make_view(24)).kept.tolist() == [2, 6, 10, 14, 18, 22]
+
+
+def test_stride_counts_the_views_of_an_image_together():
+    views = [make_view(n, seed) for seed, n in enumerate((9, 4, 25))]
+    found = select(make("stride", Budget.tokens(5)), views, "image")  # 38 tokens: 3, 11, 19, 26, 34
+    assert [own.kept.tolist() for own in found] == [[3], [2], [6, 13, 21]]
+    assert [own.scores.nonzero().flatten().tolist() for own in found] == [[3], [2], [6, 13, 21]]
+
+
+# Downsampling; what the vision tower makes of it is in test_downsample.py.
+
+
+@pytest.mark.parametrize("side", [1, 4, 24, 27])
+def test_a_smaller_view_is_as_near_to_a_square_and_to_its_budget_as_promised(side):
+    for count in range(1, side * side + 1):
+        rows, columns = make("downsample", Budget.tokens(count)).grid((side, side))
+        assert rows * rows <= count < (rows + 1) ** 2
+        assert rows <= columns <= side
+        wider = columns + 1 <= side and rows * (columns + 1) <= count
+        assert rows * columns <= count
+        assert not wider
+        assert (rows * columns == count) or (math.sqrt(count) % 1)
+    assert (rows, columns) == (side, side)
+
+
+def test_budgets_of_the_paper_as_smaller_views():
+    grids = {144: (12, 12), 115: (10, 11), 86: (9, 9), 64: (8, 8), 58: (7, 8), 32: (5, 6), 29: (5, 5), 6: (2, 3)}
+    for count, grid in grids.items():
+        assert make("downsample", Budget.tokens(count)).grid((24, 24)) == grid
+    assert make("downsample", Budget.ratio(0.25)).grid((27, 27)) == (13, 14)  # 182 of 729
+    # Views that share a budget are made equal.
+    assert make("downsample", Budget.tokens(14)).grid((4, 4), views=3) == (2, 2)
+    assert make("downsample", Budget.ratio(0.25)).grid((4, 4), views=3) == (2, 2)
+    for count, views, words in ((2, 3, "3 views of it"), (17, 1, "1 to 16"), (51, 3, "1 to 16")):
+        with pytest.raises(UserError, match=words):
+            make("downsample", Budget.tokens(count)).grid((4, 4), views)

@@ -11,9 +11,11 @@ from rcb_lmms.engine.selection import select
 from rcb_lmms.engine.store import ByteStore
 from rcb_lmms.families.base import Family, PackedImage
 from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.downsample import Downsample
 
 if TYPE_CHECKING:
     from rcb_lmms.families.images import Visual
+    from rcb_lmms.families.sizes import Size
 
 STORE_BYTES = 4 << 30
 
@@ -43,15 +45,21 @@ class ImageEncoder:
         self._packed: ByteStore[PackedImage] = ByteStore(store_bytes)
         self._pruners: dict[int, Pruner] = {}  # kept alive, so that an id names one pruner for good
 
-    def views(self, visuals: Sequence[Visual]) -> list[list[VisualTokens]]:
-        """Views of opened images and videos; equal ones are encoded once."""
-        found = {visual.key: self._views.get(visual.key) for visual in visuals}
+    def views(self, visuals: Sequence[Visual], pruner: Pruner | None = None) -> list[list[VisualTokens]]:
+        """Views of opened images and videos, as small as `pruner` wants them; equal ones are encoded once."""
+        smaller = pruner if isinstance(pruner, Downsample) else None
+        found = {visual.key: self._views.get((smaller, visual.key)) for visual in visuals}
         pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
         for batch in self.batches(pending.values()):
-            for visual, views in zip(batch, self._encode(batch), strict=True):
+            for visual, views in zip(batch, self._encode(batch, self._size(smaller)), strict=True):
                 found[visual.key] = views
-                self._views.put(visual.key, views, sum(map(_view_bytes, views)))
+                self._views.put((smaller, visual.key), views, sum(map(_view_bytes, views)))
         return [found[visual.key] for visual in visuals]
+
+    def _size(self, smaller: Downsample | None) -> Size | None:
+        if smaller is None:
+            return None
+        return smaller.grid if self.per == "image" else lambda native, views: smaller.grid(native)
 
     def batches(self, visuals: Iterable[Visual]) -> Iterator[list[Visual]]:
         """Runs of visuals with `batch_size` frames at most, an image having one; a longer video stands alone."""
@@ -64,21 +72,21 @@ class ImageEncoder:
         if batch:
             yield batch
 
-    def _encode(self, visuals: list[Visual]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual], size: Size | None) -> list[list[VisualTokens]]:
         try:
-            encoded = self.family.encode(visuals, self.needs)
+            encoded = self.family.encode(visuals, self.needs, size)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             if len(visuals) > 1:
                 self.batch_size = max(1, sum(len(visual.frames) for visual in visuals) // 2)
                 middle = len(visuals) // 2
-                return self._encode(visuals[:middle]) + self._encode(visuals[middle:])
+                return self._encode(visuals[:middle], size) + self._encode(visuals[middle:], size)
             # One image of many tiles, or a video: the family takes them through its tower in smaller parts.
             if self.family.tower_batch == 1:
                 raise
             self.family.tower_batch //= 2
-            return self._encode(visuals)
+            return self._encode(visuals, size)
         self.encoded_images += len(visuals)
         return encoded
 
@@ -87,7 +95,7 @@ class ImageEncoder:
         name = id(self._pruners.setdefault(id(pruner), pruner))
         found = {visual.key: self._packed.get((name, visual.key)) for visual in visuals}
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
-        for visual, views in zip(missing, self.views(missing), strict=True):
+        for visual, views in zip(missing, self.views(missing, pruner), strict=True):
             packed = self.family.pack_selected(views, select(pruner, views, self.per), visual)
             found[visual.key] = packed
             self._packed.put((name, visual.key), packed, packed.embeds.nbytes)

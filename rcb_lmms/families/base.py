@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, as_rgb
+from rcb_lmms.families.sizes import Size
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -166,15 +167,22 @@ class Family(ABC):
 
     # Images
 
-    def encode(self, visuals: Sequence[Visual | Image], needs: Iterable[str] = ()) -> list[list[VisualTokens]]:
-        """Views of every visual in packing order, `needs` filled in; a plain RGB image is taken in the role `image`.
+    def encode(
+        self, visuals: Sequence[Visual | Image], needs: Iterable[str] = (), size: Size | None = None
+    ) -> list[list[VisualTokens]]:
+        """Views of every visual in packing order; the vision tower is given all views in one batch.
 
-        The vision tower is given all views in one batch.
+        Args:
+            visuals: a plain RGB image is taken in the role `image`.
+            needs: optional fields of `VisualTokens` to fill in.
+            size: how large the tokens' grid of a view is to be, if not as large as the tower was trained for. Its
+                position embeddings are then interpolated.
         """
-        return self._encode([item if isinstance(item, Visual) else Visual((item,)) for item in visuals], set(needs))
+        opened = [item if isinstance(item, Visual) else Visual((item,)) for item in visuals]
+        return self._encode(opened, set(needs), size)
 
     @abstractmethod
-    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
         """See `encode`."""
 
     @abstractmethod
@@ -204,7 +212,7 @@ class Family(ABC):
             for view, selection in zip(views, selections, strict=True)
         ]
         whole = all(
-            selection.features is None and len(selection) == len(view)
+            selection.features is None and len(selection) == (view.native or len(view))
             for view, selection in zip(views, selections, strict=True)
         )
         rows = self.pack(kept, visual, whole=whole)
@@ -218,7 +226,7 @@ class Family(ABC):
 
     def native_tokens(self, views: Sequence[VisualTokens], visual: Visual | None, packed: int | None) -> int:
         """Visual tokens before pruning; `packed` is what the packing made of them if nothing was pruned."""
-        return sum(map(len, views)) if packed is None else packed
+        return sum(view.native or len(view) for view in views) if packed is None else packed
 
     def open(self, image: Any, role: str = "image") -> Visual:
         """An image ready for `encode`: a PIL image, a path, or an open file.

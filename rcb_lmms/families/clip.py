@@ -18,7 +18,8 @@ class ClipFamily(Family):
     def __init__(self, model: Any, processor: Any, **options: Any):
         super().__init__(model, processor, **options)
         vision = model.config.vision_config
-        self.grid = (vision.image_size // vision.patch_size,) * 2
+        self.patch_px = vision.patch_size
+        self.grid = (vision.image_size // self.patch_px,) * 2
         # Towers with a CLS token have one more position than patches; SigLIP has none.
         self.has_cls = model.config.vision_feature_select_strategy == "default"
 

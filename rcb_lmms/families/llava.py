@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from rcb_lmms.families.clip import ClipFamily
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
+from rcb_lmms.families.sizes import Size, resized
 from rcb_lmms.pruners.base import VisualTokens
 
 if TYPE_CHECKING:
@@ -37,20 +39,32 @@ class Llava(ClipFamily):
     geometry: ClassVar[dict[str, str]] = {"rcb": "centre_crop", "pad": "padded_square"}
     templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
 
-    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
         import torch
 
+        grid = self.grid if size is None else size(self.grid, 1)
         pixels = self.processor.image_processor(
             [self._prepare(visual.image) for visual in visuals], return_tensors="pt"
         )
         with torch.inference_mode():
             output = self.model.get_image_features(
-                pixels["pixel_values"].to(self.device, self.dtype), output_hidden_states=True, return_dict=True
+                resized(pixels["pixel_values"], grid, self.grid, self.patch_px).to(self.device, self.dtype),
+                output_hidden_states=True,
+                return_dict=True,
+                interpolate_pos_encoding=size is not None,
             )
             hidden = output.hidden_states[self.model.config.vision_feature_layer]
             fields = self.tower_fields(hidden, needs)
         return [
-            [VisualTokens(features, self.grid, key=visual.key, **{name: rows[i] for name, rows in fields.items()})]
+            [
+                VisualTokens(
+                    features,
+                    grid,
+                    key=visual.key,
+                    native=math.prod(self.grid),
+                    **{name: rows[i] for name, rows in fields.items()},
+                )
+            ]
             for i, (visual, features) in enumerate(zip(visuals, output.pooler_output, strict=True))
         ]
 

@@ -15,12 +15,14 @@ Newlines, which are never pruned and never counted as visual tokens, by the opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.families.base import Rows, choose
 from rcb_lmms.families.clip import ClipFamily
 from rcb_lmms.families.images import Visual
+from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.tiles import PACKINGS, by_policy
 from rcb_lmms.pruners.base import VisualTokens
 
@@ -70,19 +72,26 @@ class LlavaNext(ClipFamily):
         super().__init__(model, processor, **options)
         self.split, self.packing = split, choose("pack", pack, PACKINGS)
 
-    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
         import torch
 
         pixels = [self._pixels(visual) for visual in visuals]
-        keys = [
-            visual.key if len(own) == 1 else f"{visual.key}-{number}"
-            for visual, own in zip(visuals, pixels, strict=True)
-            for number in range(len(own))
+        grids = [self.grid if size is None else size(self.grid, len(own)) for own in pixels]
+        pixels = [resized(own, grid, self.grid, self.patch_px) for own, grid in zip(pixels, grids, strict=True)]
+        chunks = batches((view for own in pixels for view in own), self.tower_batch, lambda view: view)
+        tokens = iter([part for chunk in chunks for part in self._tokens(torch.stack(chunk), needs, size is not None)])
+        return [
+            [
+                VisualTokens(
+                    grid=grid,
+                    key=visual.key if len(own) == 1 else f"{visual.key}-{number}",
+                    native=math.prod(self.grid),
+                    **next(tokens),
+                )
+                for number in range(len(own))
+            ]
+            for visual, own, grid in zip(visuals, pixels, grids, strict=True)
         ]
-        chunks = torch.cat(pixels).split(self.tower_batch)
-        tokens = [part for chunk in chunks for part in self._tokens(chunk, needs)]
-        views = iter([VisualTokens(grid=self.grid, key=key, **own) for key, own in zip(keys, tokens, strict=True)])
-        return [[next(views) for _ in own] for own in pixels]
 
     def _pixels(self, visual: Visual) -> Tensor:
         """`(v, 3, side, side)`, the base view first."""
@@ -94,12 +103,14 @@ class LlavaNext(ClipFamily):
         only = processor(visual.image, image_grid_pinpoints=[[side, side]], return_tensors="pt")
         return only["pixel_values"][0, :1]
 
-    def _tokens(self, pixels: Tensor, needs: set[str]) -> list[dict[str, Tensor]]:
-        """Tensors of `VisualTokens` by name, for each of the views `(b, 3, side, side)`."""
+    def _tokens(self, pixels: Tensor, needs: set[str], interpolate: bool) -> list[dict[str, Tensor]]:
+        """Tensors of `VisualTokens` by name, for each of the views `(b, 3, h, w)`."""
         import torch
 
         with torch.inference_mode():
-            output = self.model.model.vision_tower(pixels.to(self.device, self.dtype), output_hidden_states=True)
+            output = self.model.model.vision_tower(
+                pixels.to(self.device, self.dtype), output_hidden_states=True, interpolate_pos_encoding=interpolate
+            )
             hidden = output.hidden_states[self.model.config.vision_feature_layer]
             fields = self.tower_fields(hidden, needs)
             fields["features"] = self.project(hidden[:, 1:] if self.has_cls else hidden)

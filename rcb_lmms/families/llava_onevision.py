@@ -14,13 +14,14 @@ Newlines, which are never pruned and never counted as visual tokens, by the opti
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.families.base import Family, Rows, choose
 from rcb_lmms.families.images import Visual, pad_to_square
+from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.tiles import PACKINGS, by_policy, flat
 from rcb_lmms.pruners.base import VisualTokens
 
@@ -76,42 +77,62 @@ class LlavaOnevision(Family):
             self.pad_token_id = Family.pad_token_id
         vision = model.config.vision_config
         self.side_px = vision.image_size
-        self.grid = (vision.image_size // vision.patch_size,) * 2
+        self.patch_px = vision.patch_size
+        self.grid = (vision.image_size // self.patch_px,) * 2
         self.pooled_grid = (-(-self.grid[0] // 2),) * 2
 
     def open_video(self, path: str | Path, start: float | None = None, end: float | None = None) -> list[Visual]:
         """One visual of all frames; see `Family.open_video`."""
         return [Visual(self.reader.read(path, start, end), "video")]
 
-    def _encode(self, visuals: list[Visual], needs: set[str]) -> list[list[VisualTokens]]:
+    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
         import torch
 
         encoded: list[list[Tensor]] = [[] for _ in visuals]
-        pixels = ((own, view) for own, visual in zip(encoded, visuals, strict=True) for view in self._pixels(visual))
-        with torch.inference_mode():
-            while chunk := list(itertools.islice(pixels, self.tower_batch)):
-                hidden = self._tower(torch.stack([view for _, view in chunk]))
-                for (own, _), rows in zip(chunk, hidden, strict=True):
-                    own.append(rows)
-            return [self._views(visual, torch.stack(own), needs) for visual, own in zip(visuals, encoded, strict=True)]
+        grids: list[tuple[int, int]] = []
 
-    def _tower(self, pixels: Tensor) -> Tensor:
+        def views() -> Iterator[tuple[int, Tensor]]:
+            for number, visual in enumerate(visuals):
+                pixels = self._pixels(visual)
+                grids.append(self.grid if size is None else self._tower_grid(visual, size, len(pixels)))
+                yield from ((number, view) for view in resized(pixels, grids[-1], self.grid, self.patch_px))
+
+        with torch.inference_mode():
+            for chunk in batches(views(), self.tower_batch, lambda numbered: numbered[1]):
+                hidden = self._tower(torch.stack([view for _, view in chunk]), size is not None)
+                for (number, _), rows in zip(chunk, hidden, strict=True):
+                    encoded[number].append(rows)
+            return [
+                self._views(visual, torch.stack(own), grid, needs)
+                for visual, own, grid in zip(visuals, encoded, grids, strict=True)
+            ]
+
+    def _tower_grid(self, visual: Visual, size: Size, views: int) -> tuple[int, int]:
+        """Rows and columns of patches that give a visual's views the wanted size, of frames behind their pooling."""
+        if visual.role != "video":
+            return size(self.grid, views)
+        rows, columns = size(self.pooled_grid, views)
+        return min(2 * rows, self.grid[0]), min(2 * columns, self.grid[1])
+
+    def _tower(self, pixels: Tensor, interpolate: bool) -> Tensor:
         """What the projector reads; the other layers' hidden states end with the call."""
-        output = self.model.model.vision_tower(pixels.to(self.device, self.dtype), output_hidden_states=True)
+        output = self.model.model.vision_tower(
+            pixels.to(self.device, self.dtype), output_hidden_states=True, interpolate_pos_encoding=interpolate
+        )
         return output.hidden_states[self.model.config.vision_feature_layer]
 
-    def _views(self, visual: Visual, hidden: Tensor, needs: set[str]) -> list[VisualTokens]:
+    def _views(self, visual: Visual, hidden: Tensor, grid: tuple[int, int], needs: set[str]) -> list[VisualTokens]:
         """Views of one visual from its tower features `(v, n, c)`.
 
         Pooling stands behind the projector, so that a frame's tokens have no encoder features.
         """
-        tokens, grid = self.project(hidden), self.grid
+        tokens, native = self.project(hidden), self.grid
         encoder = hidden if "encoder_features" in needs and visual.role != "video" else [None] * len(hidden)
         if visual.role == "video":
-            tokens, grid = self.model.model.apply_pooling(tokens), self.pooled_grid
+            tokens, grid, native = *_pooled(tokens, grid), self.pooled_grid
         keys = [visual.key] if len(tokens) == 1 else [f"{visual.key}-{number}" for number in range(len(tokens))]
         return [
-            VisualTokens(features, grid, encoder_features=rows, key=key)
+            VisualTokens(features, grid, encoder_features=rows, key=key, native=math.prod(native))
             for features, rows, key in zip(tokens, encoder, keys, strict=True)
         ]
 
@@ -160,3 +181,13 @@ class LlavaOnevision(Family):
             return model.pack_image_features([stacked], [size], newline, vision_aspect_ratio=ratio)[0][0]
 
         return by_policy(self.packing, views, newline, unpad, whole=whole)
+
+
+def _pooled(tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Frames `(v, h * w, d)` at half the side, and their grid; the model's own `apply_pooling` knows one size."""
+    from torch.nn.functional import interpolate
+
+    rows, columns = (-(-side // 2) for side in grid)
+    frames = tokens.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+    pooled = interpolate(frames, size=(rows, columns), mode="bilinear")
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2), (rows, columns)

@@ -205,7 +205,7 @@ def _method_options(method: str) -> list[str]:
 def budget_names(method: str) -> tuple[str, ...]:
     """model_args that give a method its budget, of which one may be used."""
     counts = ("keep", "ratio")
-    own = {"none": (), "rcb": BUDGETS, "fastv": counts, "random": counts}
+    own = {"none": (), "rcb": BUDGETS} | dict.fromkeys(("fastv", "random", "stride", "downsample"), counts)
     return own.get(method, (*counts, "match"))
 
 

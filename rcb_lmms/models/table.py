@@ -17,6 +17,8 @@ NOTES = {
     "prumerge_plus": "by CLS attention and a grid",
     "fastv": "inside the LLM, by the question",
     "random": "by `seed`",
+    "stride": "evenly spaced",
+    "downsample": "a smaller image, whose tokens all stay",
     "none": "unpruned",
 }
 

@@ -9,16 +9,18 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
 from rcb_lmms.pruners.checks import check_choice
+from rcb_lmms.pruners.downsample import Downsample
 from rcb_lmms.pruners.fastv import FastV
 from rcb_lmms.pruners.none import NoPruning
 from rcb_lmms.pruners.prumerge import PruMerge, PruMergePlus
 from rcb_lmms.pruners.random import RandomPruning
 from rcb_lmms.pruners.rcb import RCB
+from rcb_lmms.pruners.stride import Stride
 
 __all__ = ["PRESETS", "PRUNERS", "Budget", "Pruner", "Selection", "VisualTokens", "check_needs", "make_pruner"]
 
 PRUNERS: dict[str, type[Pruner]] = {
-    pruner.name: pruner for pruner in (NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning)
+    pruner.name: pruner for pruner in (NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample)
 }
 
 PRESETS = ("official", "paper", "paper_literal")

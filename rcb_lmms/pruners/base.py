@@ -25,6 +25,7 @@ class VisualTokens:
         cls_attention: `(n,)` attention of the CLS token to the patches in the last block, one head of width `c`.
         cls_similarity: `(n,)` cosine of each patch to the CLS token in the layer the projector reads.
         key: names the view by its content; seeds what is random, so that results ignore the order of a run.
+        native: tokens of the view at its full size; `None` says that it was encoded at that.
 
     The optional tensors are filled only if the pruner names them in `needs`.
     """
@@ -36,6 +37,7 @@ class VisualTokens:
     cls_attention: Tensor | None = None
     cls_similarity: Tensor | None = None
     key: str = ""
+    native: int | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]

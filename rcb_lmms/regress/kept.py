@@ -109,7 +109,7 @@ def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: li
     threshold = None
     if pruner.budget is not None and pruner.budget.kind == "threshold":
         threshold = -pruner.budget.value  # scores are minus the redundancy that the budget bounds
-    selections = [own for views in encoder.views(visuals) for own in select(pruner, views, encoder.per)]
+    selections = [own for views in encoder.views(visuals, pruner) for own in select(pruner, views, encoder.per)]
     return [
         KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))
         for own in selections

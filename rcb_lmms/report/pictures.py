@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual, central_square_region
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.downsample import Downsample
 from rcb_lmms.pruners.fastv import FastV
 
 if TYPE_CHECKING:
@@ -108,9 +110,20 @@ def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
 
 
 def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QUESTION) -> Kept:
-    """What a method keeps of an image's base view; methods that see the question are run on `question`."""
+    """What a method keeps of an image's base view; methods that see the question are run on `question`.
+
+    Raises:
+        UserError: a method that keeps none of the image's own tokens.
+    """
     from rcb_lmms.engine.encoding import select
 
+    if isinstance(pruner, Downsample):
+        raise UserError(
+            wanted="draw the tokens that downsample keeps",
+            found="a method that makes the whole image smaller, so that each of its tokens is a new one",
+            allowed="methods that choose among an image's tokens: rcb, prumerge, prumerge_plus, fastv, random, stride",
+            next_step="leave downsample out",
+        )
     (view,) = family.encode([Visual((image,), "base")], pruner.needs)[0]
     if isinstance(pruner, FastV):
         return Kept(_kept_in_decoder(family, pruner, view, question))

@@ -1,0 +1,33 @@
+"""Evenly spaced tokens: what a budget gives without looking at the image, and without luck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.checks import check_budget
+
+
+@dataclass(frozen=True)
+class Stride(Pruner):
+    """A fixed number of tokens per view at equal distances in raster order: the middles of `k` equal parts.
+
+    Of `n` tokens those at `floor((i + 1/2) n / k)` stay, `i` from 0 to `k - 1`, in whole numbers throughout. Where
+    `n / k` is the width of the grid, this is one column; counts that do not divide the width drift across it.
+    """
+
+    name: ClassVar[str] = "stride"
+
+    def __post_init__(self) -> None:
+        check_budget(self, "tokens", "ratio")
+
+    def select(self, view: VisualTokens) -> Selection:
+        """Scores are 1 for the tokens that stay and 0 for the others."""
+        import torch
+
+        count = self.budget.count(len(view))
+        kept = (2 * torch.arange(count, device=view.features.device) + 1) * len(view) // (2 * count)
+        scores = torch.zeros(len(view), device=view.features.device)
+        scores[kept] = 1
+        return Selection(kept, scores)
