@@ -157,6 +157,8 @@ def load_benchmarks(names: Sequence[str], manager: Any) -> dict[str, dict[str, A
     """
     from tenacity import RetryError
 
+    from rcb_lmms.runs import unloadable
+
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 5)
@@ -171,12 +173,7 @@ def load_benchmarks(names: Sequence[str], manager: Any) -> dict[str, dict[str, A
         try:
             benchmarks |= _benchmarks(manager.load_task_or_group(name, task_type="chat"))
         except (OSError, ValueError, RetryError) as error:  # what `datasets` and the hub raise for absent data
-            raise UserError(
-                wanted=f"the data of task {name}",
-                found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-                allowed="data sets below the current folder, in the cache, or on the hub",
-                next_step="rcb lab data writes the laboratory's; else hf auth login, and download the data set",
-            ) from error
+            raise unloadable(name, error) from error
     return benchmarks
 
 

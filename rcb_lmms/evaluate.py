@@ -184,8 +184,6 @@ def evaluate(
             fresh = _run(entry, folder, for_checkpoint(entry, pretrained), limit, managers)
             print(f"{time.perf_counter() - began:.1f} s" if fresh else "done before", flush=True)
         except Exception as error:  # whatever a data set, a model or a scorer raises; run.json has it in full
-            while type(error).__name__ == "RetryError" and error.__cause__:  # lmms-eval wraps what went wrong
-                error = error.__cause__
             told = (error.wanted, error.found) if isinstance(error, UserError) else (type(error).__name__, error)
             reason = "{}: {}".format(*told)
             print(f"failed: {reason}", flush=True)

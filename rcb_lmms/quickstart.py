@@ -140,6 +140,7 @@ def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
 
 
 def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
+    from rcb_lmms.evaluate import locked
     from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
 
     manager = None
@@ -150,15 +151,16 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
             if finished := record is not None and record["status"] == "success":
                 print("done before")
             began = time.perf_counter()
-            manager = manager or (None if finished else make_task_manager())
-            run_evaluation(
-                step.entry,
-                step.arguments,
-                list(TASKS),
-                runs / step.name,
-                batch_size=BATCH_SIZE,
-                task_manager=manager,
-            )
+            with locked(runs / step.name):
+                manager = manager or (None if finished else make_task_manager())
+                run_evaluation(
+                    step.entry,
+                    step.arguments,
+                    list(TASKS),
+                    runs / step.name,
+                    batch_size=BATCH_SIZE,
+                    task_manager=manager,
+                )
             if not finished:
                 print(f"{time.perf_counter() - began:5.1f} s", flush=True)
 

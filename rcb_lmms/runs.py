@@ -96,6 +96,7 @@ def _evaluate(
     entry: str, arguments: dict[str, Any], tasks: list[str], batch_size: int, limit: int | None, task_manager: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
 
     from rcb_lmms.models.ledger import RUNS
 
@@ -103,17 +104,20 @@ def _evaluate(
     task_manager = task_manager or make_task_manager()
     # Tasks choose their words by the entry: a manager that served another one would ask in that one's.
     task_manager.model_name = entry
-    results = simple_evaluate(
-        model=entry,
-        model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
-        tasks=list(tasks),
-        batch_size=batch_size,
-        limit=limit,
-        log_samples=True,
-        bootstrap_iters=0,
-        task_manager=task_manager,
-        verbosity="ERROR",
-    )
+    try:
+        results = simple_evaluate(
+            model=entry,
+            model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
+            tasks=list(tasks),
+            batch_size=batch_size,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=task_manager,
+            verbosity="ERROR",
+        )
+    except RetryError as error:
+        raise unloadable(", ".join(tasks), error) from error
     (run,) = RUNS[known:]
     return results, asdict(run)
 
@@ -127,13 +131,37 @@ def make_task_manager(entry: str = "default") -> Any:
     return TaskManager("ERROR", include_path=str(data_dir("tasks")), model_name=entry)
 
 
+def unloadable(task: str, error: Exception) -> UserError:
+    """The error for data that cannot be loaded, for what `datasets`, the hub, or lmms-eval's retries raise."""
+    from tenacity import RetryError
+
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception()
+    if isinstance(error, UserError):
+        return error
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    found = "; ".join(" ".join(f"{type(cause).__name__}: {cause}".split())[:200] for cause in causes)
+    gated = any(word in found.lower() for word in ("gated", "authenticated", "401", "403"))
+    return UserError(
+        wanted=f"the data of task {task}",
+        found=found,
+        allowed="a whole data set below the current folder, in the cache, or on the hub",
+        next_step="ask for access on the data set's page, then: hf auth login"
+        if gated
+        else "hf download it again, which completes what is there; rcb lab data writes the laboratory's",
+    )
+
+
 def read_record(out: Path) -> dict[str, Any] | None:
     """The record of the run in a folder; `None` if there is none."""
     path = Path(out) / RECORD
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(record, dict) and {"status", "model"} <= set(record)):
+            raise ValueError("no record of a run")
+        return record
     except ValueError as error:
         raise UserError(
             wanted=f"the run record {path}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import test_models
 import yaml
+from datasets.exceptions import DatasetNotFoundError
 from typer.testing import CliRunner
 
 from rcb_lmms import evaluate as module
@@ -127,9 +130,44 @@ def test_results_that_went_missing_are_said_to(write_config, run, tmp_path):
     (folder / "results.json").unlink()
     (problem,) = run(config)
     assert problem.endswith(f"run.json speaks of: no results.json beside it; next: remove {folder} to run it again")
-    (folder / "run.json").write_text("{")
-    (problem,) = run(config)
-    assert "a damaged file" in problem
+    for damaged in ("{", "[1]", '{"name": "somebody else\'s"}'):
+        (folder / "run.json").write_text(damaged)
+        (problem,) = run(config)
+        assert "a damaged file" in problem
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "next_step"),
+    [
+        (None, "ArrowInvalid: Parquet magic bytes not found", "hf download it again"),
+        (
+            DatasetNotFoundError("'a/b' is a gated dataset. You must be authenticated."),
+            "gated",
+            "hf auth login",
+        ),
+    ],
+)
+def test_data_that_cannot_be_loaded_are_named(write_config, run, tmp_path, monkeypatch, error, words, next_step):
+    """Half a download, and a gated set without login."""
+    import datasets
+    import tenacity
+    import tiny
+    from lmms_eval.api.task import ConfigurableMessagesTask
+
+    monkeypatch.setattr(ConfigurableMessagesTask.download.retry, "wait", tenacity.wait_none())
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    tree = tiny.save_pope(tmp_path / "half", images=3)
+    (file,) = tree.rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:2000])
+    if error is not None:
+
+        def refuse(*_, **__):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+    (problem,) = run(write_config(RANDOM), tree=tree)
+    assert re.search(rf"the data of task pope: .*{words}.*; next: .*{next_step}", problem)
+    assert read_record(tmp_path / "results" / "random" / "pope")["status"] == "failed"
 
 
 # Killed
@@ -203,6 +241,17 @@ def test_a_lock_lasts_as_long_as_its_process(tmp_path):
     began = time.perf_counter()
     with locked(tmp_path):
         assert time.perf_counter() - began < 5
+
+
+def test_a_second_quickstart_is_refused(tmp_path, monkeypatch):
+    from rcb_lmms import quickstart, runs
+
+    monkeypatch.setattr(runs, "run_evaluation", lambda *_, **__: pytest.fail("ran"))
+    (tmp_path / "full").mkdir()
+    with (tmp_path / "full" / "lock").open("w") as other:  # not `locked`: lmms-eval lets a process lock a file twice
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="writing there since"):
+            quickstart._run_all([quickstart.Step("full", "none", {})], tmp_path, tmp_path)
 
 
 # Configurations

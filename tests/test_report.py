@@ -169,6 +169,19 @@ def test_an_unusable_run_is_left_out_by_name_and_the_others_stay(results, reason
     assert reason in left_out.reason
 
 
+def test_answers_with_control_characters_shift_no_sample(results):
+    path = results / "rcb" / "samples_pope.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["filtered_resps"] = ["\x00\x1b[2J\r\n\x0b\x85\u2028\u2029\ufffd"]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    expected = {run.path.name: run for run in collect(results)[0]}["rcb"].scores["pope"].values
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = (run for run in collect(results)[0] if run.path.name == "rcb")
+    assert found.scores["pope"].values.tolist() == expected.tolist()
+    assert len(expected) == 200
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match="no folder with a run record"):
         collect(tmp_path)

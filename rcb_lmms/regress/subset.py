@@ -26,6 +26,8 @@ def load_task(name: str, manager: Any) -> Any:
     from lmms_eval import tasks
     from tenacity import RetryError
 
+    from rcb_lmms.runs import unloadable
+
     if name not in manager.all_subtasks:
         raise UserError(
             wanted=f"task {name}",
@@ -36,13 +38,7 @@ def load_task(name: str, manager: Any) -> Any:
     try:
         return tasks.get_task_dict([name], manager, "chat")[name]
     except (OSError, ValueError, RetryError) as error:
-        cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-        raise UserError(
-            wanted=f"the data of task {name}",
-            found=" ".join(str(cause).split())[:300],
-            allowed="a data set below the current directory or on the hub",
-            next_step="change to the folder of the data, or log in: hf auth login",
-        ) from error
+        raise unloadable(name, error) from error
 
 
 def documents(task: Any) -> dict[str, dict[str, Any]]:
