@@ -36,8 +36,8 @@ def test_unpruned_model_answers(table):
 
 def test_model_looks_at_the_objects(table):
     for kind in ("pope", *MME_SUBTASKS):
-        assert table["blank"][kind] <= 0.55, format_table(table)
-        assert table["background"][kind] <= 0.55, format_table(table)
+        assert table["blank"][kind] <= 0.6, format_table(table)
+        assert table["background"][kind] <= 0.6, format_table(table)
     assert table["objects"]["pope"] >= table["unpruned"]["pope"] - 0.05
     assert table["random 11%"]["pope"] <= table["objects"]["pope"] - 0.07
 
