@@ -126,7 +126,7 @@ def draw_examples(family: str, split: str, indices, random: np.random.Generator,
     if family == "llava_next":
         tiles = random.random() < 0.75
         return [examples.large(split, LARGE_FIRST + int(index) % LARGE_POOL, tiles) for index in indices]
-    medium = random.choice(["doubled", "several", "video"], p=[0.25, 0.3, 0.45])
+    medium = random.choice(["doubled", "several", "video"], p=[0.35, 0.35, 0.3])
     if medium == "doubled":
         return [examples.plain(split, first + int(index), panels=2) for index in indices]
     if medium == "video":
