@@ -113,6 +113,8 @@ def _complete_results(files: list[Path], runs: list[RunRecord]) -> None:
 
     for file in files:
         results = json.loads(file.read_text())
+        if "config" not in results:  # a task's own file, such as MMBench's
+            continue
         asked = {name: str(value) for name, value in simple_parse_args_string(results["config"]["model_args"]).items()}
         for run in runs:
             if run.model == results["config"]["model"] and asked.items() <= run.arguments.items():

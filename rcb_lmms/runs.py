@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -75,7 +76,7 @@ def run_evaluation(
         journal.folder = None
     samples = results.pop("samples")
     for task, rows in samples.items():
-        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False, default=_described) for row in rows]
         write_atomic(out / f"samples_{task}.jsonl", "\n".join(lines) + "\n")
     write_atomic(out / "results.json", json.dumps(results, indent=1, default=str))
     status = "failed" if run["failures"] else "success"
@@ -120,6 +121,16 @@ def _evaluate(
         raise unloadable(", ".join(tasks), error) from error
     (run,) = RUNS[known:]
     return results, asdict(run)
+
+
+def _described(value: Any) -> str:
+    """What JSON does not know. lmms-eval leaves images that stand in lists; PIL's own words for them are an address."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        digest = hashlib.sha256(value.tobytes()).hexdigest()[:16]
+        return f"image {value.mode} {value.width}x{value.height} sha256 {digest}"
+    return str(value)
 
 
 def make_task_manager(entry: str = "default") -> Any:

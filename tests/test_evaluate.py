@@ -23,6 +23,8 @@ from rcb_lmms import evaluate as module
 from rcb_lmms.cli import app
 from rcb_lmms.errors import UserError
 from rcb_lmms.evaluate import evaluate, locked, read_configs
+from rcb_lmms.files import read_jsonl
+from rcb_lmms.lab.data import write_data
 from rcb_lmms.runs import make_task_manager, read_record, working_directory
 
 # As in a terminal of its own: `rcb` is on no path where the suite runs from a checkout.
@@ -89,6 +91,20 @@ def test_runs_are_made_once_and_fill_the_table(write_config, run, tmp_path, caps
     shown = CliRunner().invoke(app, ["table", str(tmp_path / "results")])
     assert shown.exit_code == 0
     assert [line.split()[0] for line in shown.stdout.splitlines()[-3:-1]] == ["none", "random"]
+
+
+def test_samples_of_image_lists_are_the_same_in_every_run(write_config, run, tmp_path):
+    tree = write_data(tmp_path / "lab", benchmarks=["seed"], sizes={"seed": 2})
+    config = write_config(*((name, "llava_full", "", "rcb_seed_image") for name in ("one", "two")))
+    assert run(config, tree=tree) == []
+    one, two = (
+        list(read_jsonl(tmp_path / "results" / name / "rcb_seed_image" / "samples_rcb_seed_image.jsonl"))
+        for name in ("one", "two")
+    )
+    assert [row["doc"] for row in one] == [row["doc"] for row in two]
+    first, second = (row["doc"]["image"][0] for row in one)
+    assert re.fullmatch(r"image RGB 168x168 sha256 [0-9a-f]{16}", first)
+    assert first != second
 
 
 def test_a_failed_run_stops_no_other_and_sets_the_exit_status(write_config, run, pope_tree, tmp_path, monkeypatch):

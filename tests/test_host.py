@@ -9,6 +9,7 @@ import pytest
 import test_models
 
 from rcb_lmms import errors, host
+from rcb_lmms.lab.data import write_data
 from rcb_lmms.models.ledger import RUNS
 from rcb_lmms.runs import working_directory
 
@@ -41,6 +42,14 @@ def test_a_complete_run_leaves_its_record_in_the_results_file(command, tmp_path,
     assert record["resolved"]["codebook_sha256"]
     assert record["versions"]["transformers"]
     assert results["throughput"]["avg_pope/threshold"] == record["calibrations"]["pope"]["fitted"]["threshold"]
+
+
+def test_a_task_may_leave_files_of_its_own_beside_the_results(command, tmp_path):
+    tree = write_data(tmp_path / "lab", benchmarks=["mmbench"], sizes={"mmbench": 1})
+    assert command("--model", "llava_full", tree=tree, tasks="mmbench_en_dev_static") == 0
+    files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "out").rglob("*_results.json")}
+    assert [name for name, content in files.items() if "rcb" not in content] == ["mmbench_en_dev_static_results.json"]
+    assert len(files) == 2
 
 
 def test_failed_samples_set_the_exit_status(command, pope_tree, tmp_path, capsys):
