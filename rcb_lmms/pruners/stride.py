@@ -14,7 +14,8 @@ class Stride(Pruner):
     """A fixed number of tokens per view at equal distances in raster order: the middles of `k` equal parts.
 
     Of `n` tokens those at `floor((i + 1/2) n / k)` stay, `i` from 0 to `k - 1`, in whole numbers throughout. Where
-    `n / k` is the width of the grid, this is one column; counts that do not divide the width drift across it.
+    `n / k` divides the width of the grid, they are whole columns (a quarter of 24 x 24 tokens: every fourth column);
+    otherwise they drift across it.
     """
 
     name: ClassVar[str] = "stride"
