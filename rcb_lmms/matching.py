@@ -136,7 +136,7 @@ class Fit:
 
 def fit_many(images: ScoredImages, targets: Sequence[float], min_keep: int) -> list[Fit]:
     """For each target the threshold whose mean is nearest to it, as `rcb_lmms.calibrate.fit` has it in memory."""
-    cuts = find_cuts(images.chunks, [target * images.spent for target in targets])
+    cuts = find_cuts(images.chunks, [target * images.spent for target in targets], min_keep)
     spreads = distributions(images, cuts, min_keep)
     return [
         Fit(target, cut.threshold, cut.ties, *spread)

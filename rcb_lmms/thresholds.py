@@ -15,6 +15,22 @@ DIGITS = 1 << 16
 SHIFTS = (48, 32, 16, 0)  # of the digits of a key: a score in the upper half, a position in the lower
 
 
+# The least that a redundancy can be, a cosine or a product of shares.
+ALWAYS = -1.0
+
+
+def always_kept(scores: np.ndarray, parts: np.ndarray, count: int) -> np.ndarray:
+    """Scores `(t,)` of which the `count` least of each part, by score, then position, are lowered to `ALWAYS`.
+
+    They are what `min_keep` keeps under every threshold; lowered, a cut counts them like all others.
+    """
+    starts = np.cumsum(parts) - parts
+    order = np.lexsort((np.arange(len(scores)), scores, np.repeat(np.arange(len(parts)), parts)))
+    lowered = np.array(scores, dtype=np.float32)
+    lowered[order[np.arange(len(scores)) - np.repeat(starts, parts) < count]] = ALWAYS
+    return lowered
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Scores of some images, each made of parts that a method decides on one by one.
@@ -35,9 +51,10 @@ class Chunk:
         starts = np.cumsum(self.parts) - self.parts
         return np.arange(len(self.scores)) - np.repeat(starts, self.parts)
 
-    def keys(self) -> np.ndarray:
-        """`(t,)` uint64, ordered as scores are, and as positions where scores are equal."""
-        bits = (self.scores + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0, to which it is equal
+    def keys(self, min_keep: int = 0) -> np.ndarray:
+        """`(t,)` uint64, ordered as scores are, and as positions where scores are equal; see `always_kept`."""
+        scores = always_kept(self.scores, self.parts, min_keep) if min_keep else self.scores
+        bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0, to which it is equal
         sign = np.uint32(1 << 31)
         ordered = np.where(bits & sign, ~bits, bits | sign).astype(np.uint64)
         return ordered << np.uint64(32) | self.positions.astype(np.uint64)
@@ -86,7 +103,7 @@ class _Search:
         return Cut(float(bits.view(np.float32)), (key & 0xFFFFFFFF) + 1)
 
 
-def find_cuts(chunks: Callable[[], Iterable[Chunk]], targets: Sequence[float]) -> list[Cut]:
+def find_cuts(chunks: Callable[[], Iterable[Chunk]], targets: Sequence[float], min_keep: int = 0) -> list[Cut]:
     """For each target the cut that keeps a total weight nearest to it, the smaller of two equally near ones.
 
     Every token is a step, in the order of score, then of position; tokens that agree in both step together. Equal to
@@ -95,12 +112,13 @@ def find_cuts(chunks: Callable[[], Iterable[Chunk]], targets: Sequence[float]) -
     Args:
         chunks: reads the scores; called five times.
         targets: total weights, positive and at most that of all tokens.
+        min_keep: tokens of each part that stay whatever the cut.
     """
     searches = [_Search(target) for target in targets]
     for shift in SHIFTS:
         histograms = {search.prefix: np.zeros(DIGITS) for search in searches}
         for chunk in chunks():
-            keys, weights = chunk.keys(), np.repeat(chunk.weights, chunk.parts)
+            keys, weights = chunk.keys(min_keep), np.repeat(chunk.weights, chunk.parts)
             prefixes = keys >> np.uint64(shift + 16) if shift < SHIFTS[0] else np.zeros_like(keys)
             digits = (keys >> np.uint64(shift)) & np.uint64(DIGITS - 1)
             for prefix, histogram in histograms.items():
@@ -109,7 +127,7 @@ def find_cuts(chunks: Callable[[], Iterable[Chunk]], targets: Sequence[float]) -
         for search in searches:
             search.narrow(histograms[search.prefix])
     for chunk in chunks():
-        keys = chunk.keys()
+        keys = chunk.keys(min_keep)
         for search in searches:
             smaller = keys[keys < np.uint64(search.prefix)]
             if len(smaller):

@@ -162,7 +162,7 @@ def test_cuts_found_on_disk_are_those_found_in_memory():
         views, weights, chunks = random_case(generator)
         native = float(weights @ [len(view) for view in views] / weights.sum())
         means = [native * share for share in (1e-3, *generator.uniform(0, 1, 3), 1.0)]
-        cuts = find_cuts(lambda chunks=chunks: iter(chunks), [mean * weights.sum() for mean in means])
+        cuts = find_cuts(lambda chunks=chunks: iter(chunks), [mean * weights.sum() for mean in means], 1)
         for mean, cut in zip(means, cuts, strict=True):
             fitted = pruner.fit(views, weights.tolist(), mean)
             assert cut == Cut(fitted.budget.value, fitted.budget.ties)
@@ -203,7 +203,9 @@ def by_hand(next_checkpoint, codebook_file):
 def test_every_budget_is_met_as_well_as_any_threshold_could(calibrated, by_hand):
     record = calibrated()["benchmarks"]["one"]
     shares = sum(weight * len(scores) for scores, _, weight in by_hand)
-    pooled = sorted((float(s), weight) for scores, _, weight in by_hand for view in scores for s in view)
+    # The least of each view stays in any case, `min_keep` being 1.
+    least_first = [([-1.0, *sorted(map(float, view))[1:]], weight) for own, _, weight in by_hand for view in own]
+    pooled = sorted((score, weight) for view, weight in least_first for score in view)
     kept = np.cumsum([weight for _, weight in pooled]) / shares
     assert {len(scores) for scores, _, _ in by_hand} == {3, 5}
     assert {weight for *_, weight in by_hand} == {1, 2, 4}
@@ -527,7 +529,7 @@ def test_documents_that_cannot_be_read_are_counted_and_tried_again(next_checkpoi
 def test_equal_budgets_need_one_reading_of_the_scores(calibrated, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        matching, "find_cuts", lambda chunks, targets: asked.append(targets) or find_cuts(chunks, targets)
+        matching, "find_cuts", lambda chunks, targets, *more: asked.append(targets) or find_cuts(chunks, targets, *more)
     )
     calibrated(match="random:4,fastv:rank=4,prumerge:4")
     assert [len(targets) for targets in asked] == [2, 2]  # 4, and FastV's layer average; the benchmark, then all

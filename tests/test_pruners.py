@@ -19,6 +19,7 @@ from rcb_lmms.engine.selection import select
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import PRUNERS, VisualTokens, make_pruner
 from rcb_lmms.pruners.prumerge import cls_attention_from, count_outliers
+from rcb_lmms.thresholds import ALWAYS
 
 WIDTH, ENCODER = 12, 10
 MERGING = {"prumerge", "prumerge_plus"}
@@ -373,13 +374,13 @@ def test_rcb_refuses_foreign_or_missing_codebooks():
         make("rcb", Budget.tokens(5), min_keep=-1)
 
 
-def brute_force_fit(evidence, weights, target):
-    """The smallest distance to the target over every cut (score, position), and the mean of the first such cut."""
+def brute_force_fit(evidence, weights, target, min_keep=0):
+    """The smallest distance to the target over every cut (score, position), and where there is `min_keep` over none."""
     cuts = sorted({(score, position) for view in evidence for position, score in enumerate(view.tolist())})
     means = []
-    for cut in cuts:
+    for cut in [(ALWAYS, -1)] * (min_keep > 0) + cuts:
         total = sum(
-            weight * sum((score, position) <= cut for position, score in enumerate(view.tolist()))
+            weight * max(min_keep, sum((score, position) <= cut for position, score in enumerate(view.tolist())))
             for view, weight in zip(evidence, weights, strict=True)
         )
         means.append(total / sum(weights))
@@ -388,7 +389,8 @@ def brute_force_fit(evidence, weights, target):
 
 @pytest.mark.parametrize("levels", [None, 7, 2, 1])
 @pytest.mark.parametrize("target", [0.7, 1, 3.3, 8, 11.9, 12])
-def test_rcb_fit_equals_brute_force_over_all_cuts(levels, target):
+@pytest.mark.parametrize("min_keep", [0, 1, 3])
+def test_rcb_fit_equals_brute_force_over_all_cuts(levels, target, min_keep):
     generator = np.random.default_rng(3)
     sizes, weights = [12, 9, 15, 12], [1, 5, 2.5, 3]
     evidence = [generator.uniform(-1, 1, size).astype(np.float32) for size in sizes]
@@ -396,16 +398,16 @@ def test_rcb_fit_equals_brute_force_over_all_cuts(levels, target):
         evidence = [np.round(view * levels / 2) / np.float32(levels) for view in evidence]
     evidence = [view.astype(np.float32) for view in evidence]
     native = np.average(sizes, weights=weights)
-    pruner = make("rcb", min_keep=0)
+    pruner = make("rcb", min_keep=min_keep)
     if target > native:
         with pytest.raises(UserError, match="native tokens per view"):
             pruner.fit(evidence, weights, target)
         return
     fitted = pruner.fit(evidence, weights, target)
     achieved = np.average([fitted.retained(view) for view in evidence], weights=weights)
-    assert abs(achieved - target) == pytest.approx(brute_force_fit(evidence, weights, target), abs=1e-9)
+    assert abs(achieved - target) == pytest.approx(brute_force_fit(evidence, weights, target, min_keep), abs=1e-9)
     assert fitted.budget.kind == "threshold"
-    assert fitted.budget.value in np.concatenate(evidence).tolist()
+    assert fitted.budget.value in [ALWAYS] * (min_keep > 0) + np.concatenate(evidence).tolist()
 
 
 @pytest.mark.parametrize("preset", ["official", "paper"])

@@ -109,8 +109,8 @@ class RCB(Pruner):
         """The threshold at which the weighted mean of retained tokens per view is nearest to `target`.
 
         Every token is a step of the mean, in the order of redundancy, then of position; the cut falls behind the step
-        nearest to `target` (behind the first of two). Tokens that agree in both step together. `min_keep` is not
-        counted: what it adds is seen in `Selection.forced`.
+        nearest to `target` (behind the first of two). Tokens that agree in both step together. The tokens that
+        `min_keep` keeps of every view come first, so that a mean with them meets the target.
 
         Args:
             evidence: redundancies of each view.
@@ -122,10 +122,14 @@ class RCB(Pruner):
         """
         import numpy as np
 
+        from rcb_lmms.thresholds import always_kept
+
+        parts = np.array([len(view) for view in evidence])
         scores = np.concatenate([np.asarray(view, dtype=np.float32) for view in evidence])
+        scores = always_kept(scores, parts, self.min_keep)
         positions = np.concatenate([np.arange(len(view), dtype=np.int32) for view in evidence])
         shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-        steps = np.repeat(shares, [len(view) for view in evidence])
+        steps = np.repeat(shares, parts)
         check_target(target, steps.sum(), f"the mean over {len(evidence)} views")
         order = np.lexsort((positions, scores))
         kept = np.cumsum(steps[order])
