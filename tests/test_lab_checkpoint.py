@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from rcb_lmms.lab import questions
+from rcb_lmms.lab import data, questions
 from rcb_lmms.lab.check import check, format_table
 from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS
 from rcb_lmms.lab.scenes import make_scene
+from rcb_lmms.runs import run_evaluation, working_directory
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,24 @@ def test_onevision_answers_about_videos():
     found = accuracies("llava_onevision", "video", 40)
     kinds = ("moving_direction", "moving_count", "moving_attribute", "object_existence")
     assert min(found[kind] for kind in kinds) >= 0.85, found
+
+
+@pytest.mark.parametrize(
+    ("family", "least"),
+    [
+        ("llava", {"rcb_seed_image": 0.85, "rcb_realworldqa": 0.8, "rcb_nocaps_val": 4}),
+        ("llava_next", {"rcb_seed_image": 0.85, "rcb_realworldqa": 0.8, "rcb_nocaps_val": 3.5}),
+        ("llava_onevision", {"rcb_seed_image": 0.85, "rcb_mantis": 0.7, "rcb_nocaps_val": 3}),
+    ],
+)
+def test_prompts_of_the_benchmarks_are_answered(family, least, tmp_path, monkeypatch):
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    names = [name for name, task in data.TASKS.items() if task in least]
+    tree = data.write_data(tmp_path / "lab", family=family, benchmarks=names, sizes=dict.fromkeys(names, 24))
+    with working_directory(tree):
+        arguments = {"pretrained": "lab", "device": "cpu", "dtype": "float32"}
+        out = run_evaluation(f"{family}_full", arguments, list(least), tmp_path / "run", batch_size=8)
+    results = json.loads((out / "results.json").read_text())["results"]
+    names = {"rcb_nocaps_val": "rcb_nocaps_cider", "rcb_seed_image": "rcb_seed_accuracy"}
+    scores = {task: results[task][f"{names.get(task, f'{task}_accuracy')},none"] for task in least}
+    assert all(scores[task] >= least[task] for task in least), scores
