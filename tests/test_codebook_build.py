@@ -25,8 +25,9 @@ from rcb_lmms.codebook.probe import ImageStatistics, measure
 from rcb_lmms.codebook.select import patch_scores
 from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import Family, Rows
+from rcb_lmms.families.base import Family
 from rcb_lmms.families.llava import Llava
+from rcb_lmms.families.packed import Rows
 from rcb_lmms.pruners.base import VisualTokens
 
 PROMPT = "w4 w5 w6 w7"

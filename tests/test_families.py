@@ -6,8 +6,9 @@ from PIL import Image
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import default_codebook, family_of, load_family
-from rcb_lmms.families.base import PackedImage, Rows, interleave
+from rcb_lmms.families.base import interleave
 from rcb_lmms.families.images import as_rgb, central_square_region, content_key, pad_to_square
+from rcb_lmms.families.packed import PackedImage, Rows
 
 NEEDS = frozenset({"encoder_features", "keys", "cls_attention", "cls_similarity"})
 

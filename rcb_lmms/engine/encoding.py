@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.engine.generation import out_of_memory
 from rcb_lmms.engine.selection import select
 from rcb_lmms.engine.store import ByteStore
-from rcb_lmms.families.base import Family, PackedImage
+from rcb_lmms.families.base import Family
+from rcb_lmms.families.packed import PackedImage
 from rcb_lmms.pruners.base import Pruner, VisualTokens
 from rcb_lmms.pruners.downsample import Downsample
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.engine.layer_pruning import prune_at_layer
-from rcb_lmms.families.base import Family, Prompt
+from rcb_lmms.families.base import Family
+from rcb_lmms.families.packed import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import Family, PackedImage, Prompt
+from rcb_lmms.families.base import Family
+from rcb_lmms.families.packed import PackedImage, Prompt
 from rcb_lmms.families.video import VideoReader
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rcb_lmms.families.base import Rows, choose
+from rcb_lmms.families.base import choose
 from rcb_lmms.families.clip import ClipFamily
 from rcb_lmms.families.images import Visual
+from rcb_lmms.families.packed import Rows
 from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.tiles import PACKINGS, by_policy
 from rcb_lmms.pruners.base import VisualTokens

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rcb_lmms.families.base import Family, Rows, choose
+from rcb_lmms.families.base import Family, choose
 from rcb_lmms.families.images import Visual, pad_to_square
+from rcb_lmms.families.packed import Rows
 from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.tiles import PACKINGS, by_policy, flat
 from rcb_lmms.pruners.base import VisualTokens

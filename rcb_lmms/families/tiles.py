@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import Rows
+from rcb_lmms.families.packed import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rcb_lmms.engine.encoding import ImageEncoder
-    from rcb_lmms.families.base import Family, Prompt
+    from rcb_lmms.families.base import Family
     from rcb_lmms.families.images import Visual
+    from rcb_lmms.families.packed import Prompt
     from rcb_lmms.pruners.base import Pruner
 
 # Distances from the cut within which rounding may decide. Measured between instruction sets (SSE, AVX2, AVX-512) and

@@ -1,0 +1,75 @@
+"""What packing leaves of images and prompts: rows of embeddings, where newlines stand among them, and their counts."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in embedding space.
+
+    Attributes:
+        embeds: `(s, d)`.
+        spans: `(start, stop)` of each run of visual tokens, in order; newline embeddings stand between runs.
+        native, retained: visual tokens before and after pruning, newlines not counted.
+        newlines: newline embeddings.
+        views: images, tiles and frames that were pruned each on its own.
+        visuals: images and videos, one for each placeholder.
+        prefix: rows up to the end of the last image: equal for all questions about the same images, to be shared by
+            them.
+        encoded: visual tokens of all views, with those that a packing cut off as padding.
+    """
+
+    embeds: Tensor
+    spans: tuple[tuple[int, int], ...] = ()
+    native: int = 0
+    retained: int = 0
+    newlines: int = 0
+    views: int = 0
+    visuals: int = 0
+    prefix: int = 0
+    encoded: int = 0
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows `embeds (k, d)` of one placeholder, and which of them (ascending) are newline embeddings."""
+
+    embeds: Tensor
+    newlines: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def runs(self, start: int) -> list[tuple[int, int]]:
+        """`(start, stop)` of the visual tokens between newlines, when the first row stands at `start`."""
+        ends = [-1, *self.newlines, len(self)]
+        return [(start + a + 1, start + b) for a, b in itertools.pairwise(ends) if b > a + 1]
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """One image or video after pruning: its rows in packing order, its visual tokens before and after, its views.
+
+    `encoded` are the visual tokens of its views; a packing that cuts padding off has fewer `native` ones.
+    """
+
+    rows: Rows
+    native: int
+    retained: int
+    views: int = 1
+    encoded: int = 0
+
+    @property
+    def embeds(self) -> Tensor:
+        """All rows, newlines included, `(k, d)`."""
+        return self.rows.embeds
