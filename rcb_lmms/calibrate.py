@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.selection import compares_views, joined, select
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
@@ -23,6 +22,7 @@ from rcb_lmms.resources import cache_dir
 if TYPE_CHECKING:
     import numpy as np
 
+    from rcb_lmms.engine.encoding import ImageEncoder
     from rcb_lmms.families.images import Visual
 
 
@@ -269,45 +269,3 @@ def remember(key: Mapping[str, Any], calibration: Calibration) -> Path:
 def _cache_path(key: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "calibration" / f"{name}.json"
-
-
-def calibrate_images(
-    pretrained: str,
-    paths: Sequence[Path],
-    *,
-    keep: float = 64,
-    match: str | None = None,
-    codebook: str | None = None,
-    preprocess: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    **own: Any,
-) -> dict[str, Any]:
-    """RCB's threshold for a mean of `keep` tokens per view, or for a baseline's mean, over image files.
-
-    Options that only some families have (`split`) are passed on to `load_family`.
-
-    Raises:
-        UserError: an unreadable image, a missing codebook, or a budget the images cannot meet.
-    """
-    from rcb_lmms.budget import Budget
-    from rcb_lmms.families import default_codebook, load_family
-    from rcb_lmms.pruners import make_pruner
-
-    family = load_family(pretrained, preprocess=preprocess, device=device, dtype=dtype, **own)
-    pruner = make_pruner("rcb", codebook=codebook or default_codebook(family.name, pretrained))
-    pruner.codebook.check_width(family.width, pretrained)
-    baselines = {} if match is None else {"baseline": make_pruner(match, budget=Budget.adaptive())}
-    needs = pruner.needs.union(*(baseline.needs for baseline in baselines.values()))
-    weights: dict[str, float] = {}
-
-    def distinct() -> Iterator[Visual]:
-        for path in paths:
-            if (visual := family.open(path)).key not in weights:
-                weights[visual.key] = 1.0
-                yield visual
-
-    scores = score_pass(ImageEncoder(family, needs), {"method": pruner}, baselines, distinct(), weights)
-    if match is not None:
-        keep = scores.baseline("baseline")
-    return asdict(fit(pruner, scores, "method", keep, data_hash(weights))[1])

@@ -130,7 +130,7 @@ def calibrate(
             typer.echo(for_terminal(record))
             typer.echo(f"wrote {file}")
         return
-    from rcb_lmms.calibrate import calibrate_images
+    from rcb_lmms.calibrate_images import calibrate_images
 
     record = calibrate_images(model, find_images(images), keep=keep, match=match, **loading)
     for name, value in record.items():
