@@ -39,9 +39,9 @@ def image_choices(
 ) -> list[Choice]:
     """A question about the visible `objects` of one image, with at most so many options."""
     if kind == "attribute":
-        return _attribute(objects, random, "in the image", options=options)
+        return _property(objects, random, "colour", "What color is the {} in the image?", kind, options)
     if kind == "identity":
-        return _identity(objects, random, options)
+        return _property(objects, random, "kind", "What is the {} object?", kind, options)
     if kind == "retrieval":
         return _shown(objects, random, "Which of the options does the image show?", options)
     return _existence(objects, random, "in the image")
@@ -50,7 +50,7 @@ def image_choices(
 def several_choices(objects: Sequence[SceneObject], kind: str, random: np.random.Generator) -> list[Choice]:
     """A question about the visible `objects` of several images together."""
     if kind == "attribute":
-        return _attribute(objects, random, "in the images")
+        return _property(objects, random, "colour", "What color is the {} in the images?", kind)
     if kind == "retrieval":
         return _shown(objects, random, "Which of these do the images show?")
     # Existence is asked as a choice too: its options teach letters first.
@@ -79,7 +79,7 @@ def video_choices(
         right = words.index(COUNT_WORDS[len(objects)])
         return [Choice(kind, "How many objects are in the video?", words, right, tuple(range(len(objects))))]
     if kind == "moving_attribute":
-        return _attribute(objects, random, "in the video", kind, options)
+        return _property(objects, random, "colour", "What color is the {} in the video?", kind, options)
     if kind == "object_existence":
         return _existence(objects, random, "in the video", kind)
     return []
@@ -97,24 +97,16 @@ def _options(right: str, wrong: Sequence[str], random: np.random.Generator, coun
     return tuple(options[index] for index in order), int(np.flatnonzero(order == 0)[0])
 
 
-def _attribute(objects, random, place: str, kind: str = "attribute", options: int = 4) -> list[Choice]:
-    counts = Counter(item.kind for item in objects)
-    unique = [n for n, item in enumerate(objects) if counts[item.kind] == 1 and item.kind in SHAPES]
+def _property(objects, random, asked: str, text: str, kind: str, options: int = 4) -> list[Choice]:
+    """The `asked` property of an object, its `colour` or `kind`, that the other one names among all `objects`."""
+    known, answers = {"colour": ("kind", COLOURS), "kind": ("colour", SHAPES)}[asked]
+    counts = Counter(getattr(item, known) for item in objects)
+    unique = [n for n, item in enumerate(objects) if counts[getattr(item, known)] == 1 and item.kind in SHAPES]
     if not unique:
         return []
     index = int(random.choice(unique))
-    words, right = _options(objects[index].colour, list(COLOURS), random, options)
-    return [Choice(kind, f"What color is the {objects[index].kind} {place}?", words, right, (index,))]
-
-
-def _identity(objects, random, options: int) -> list[Choice]:
-    counts = Counter(item.colour for item in objects)
-    unique = [n for n, item in enumerate(objects) if counts[item.colour] == 1 and item.kind in SHAPES]
-    if not unique:
-        return []
-    index = int(random.choice(unique))
-    words, right = _options(objects[index].kind, list(SHAPES), random, options)
-    return [Choice("identity", f"What is the {objects[index].colour} object?", words, right, (index,))]
+    words, right = _options(getattr(objects[index], asked), list(answers), random, options)
+    return [Choice(kind, text.format(getattr(objects[index], known)), words, right, (index,))]
 
 
 def _shown(objects, random, text: str, options: int = 4) -> list[Choice]:
