@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rcb_lmms.engine.encoding import ImageEncoder
     from rcb_lmms.families.images import Visual
 
+# Raised when the same scores give another parameter than before: what was remembered under another rule is not used.
+RULE = 2
+
 
 @dataclass
 class ScorePass:
@@ -267,5 +270,5 @@ def remember(key: Mapping[str, Any], calibration: Calibration) -> Path:
 
 
 def _cache_path(key: Mapping[str, Any]) -> Path:
-    name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps({**key, "rule": RULE}, sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "calibration" / f"{name}.json"

@@ -16,6 +16,7 @@ import tiny_next
 import tiny_onevision
 import torch
 
+from rcb_lmms import calibrate
 from rcb_lmms.budget import Budget
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.selection import select
@@ -483,7 +484,7 @@ def test_a_matched_count_that_some_image_cannot_have_is_refused_before_any_answe
     assert [row.visual_kept for row in counts] == [10, 10, 40, 40, 40, 10]
 
 
-def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents):
+def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents, monkeypatch):
     def cached(**arguments):
         model = entry("llava_next", "rcb", keep=4, **arguments)
         ask(model, documents[:3])
@@ -491,6 +492,8 @@ def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents):
 
     assert [cached(), cached()] == [False, True]
     assert not any(cached(**other) for other in ({"per": "image"}, {"split": False}, {"max_frames_num": 3}))
+    monkeypatch.setattr(calibrate, "RULE", 0)
+    assert not cached()
 
 
 # Media
