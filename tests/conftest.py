@@ -116,6 +116,15 @@ def family(checkpoint):
     return load_family(str(checkpoint))
 
 
+@pytest.fixture(scope="module")
+def make(checkpoint):
+    """A family around the weights of the module's checkpoint, which are loaded once, with other options."""
+    from rcb_lmms.families import load_family
+
+    loaded = load_family(str(checkpoint))
+    return lambda **options: type(loaded)(loaded.model, loaded.processor, pretrained="tiny", **options)
+
+
 @pytest.fixture(scope="session")
 def codebook_file(tmp_path_factory):
     """A codebook of 12 random prototypes that fits the tiny checkpoint."""

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tiled
 import tiny
 import tiny_next
 import torch
@@ -13,16 +14,12 @@ from PIL import Image
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.codebook import Codebook
-from rcb_lmms.codebook import probe as probe_module
-from rcb_lmms.codebook.build import build
+from rcb_lmms.codebook.probe import probed_ranks
 from rcb_lmms.codebook.settings import settings_for
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import default_codebook, load_family
-from rcb_lmms.families.base import interleave
 from rcb_lmms.families.images import Visual
-from rcb_lmms.families.llava_next import LlavaNext
-from rcb_lmms.pruners.base import Selection, VisualTokens
-from rcb_lmms.pruners.none import NoPruning
+from rcb_lmms.pruners.base import Selection
 from rcb_lmms.pruners.prumerge import PruMerge
 from rcb_lmms.pruners.random import RandomPruning
 from rcb_lmms.pruners.rcb import RCB
@@ -46,61 +43,13 @@ AWKWARD = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint_next(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     return tiny_next.save_next(tmp_path_factory.mktemp("next"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint_next):
-    family = load_family(str(checkpoint_next))
-    return family.model, family.processor
-
-
-@pytest.fixture(scope="module")
-def make(loaded):
-    """A family around the same weights, with other options."""
-    return lambda **options: LlavaNext(*loaded, pretrained="tiny", **options)
 
 
 @pytest.fixture(scope="module")
 def family(make):
     return make()
-
-
-def unpruned(family, images, text):
-    """Embeddings that reach the language model, and logits, when Hugging Face does everything."""
-    messages = [{"role": "user", "content": interleave(text, ["image"] * len(images))}]
-    prompt = family.processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = family.processor(images=images, text=prompt, return_tensors="pt")
-    seen = {}
-    hook = family.model.model.language_model.register_forward_pre_hook(
-        lambda _, __, arguments: seen.update(arguments), with_kwargs=True
-    )
-    with torch.inference_mode():
-        logits = family.model(**inputs).logits
-    hook.remove()
-    return seen["inputs_embeds"][0], logits[0]
-
-
-def packed(family, pruner, visuals):
-    views = family.encode(visuals, pruner.needs)
-    selections = [[pruner.select(view) for view in own] for own in views]
-    return [family.pack_selected(*parts) for parts in zip(views, selections, visuals, strict=True)]
-
-
-def marked(views, whole=True):
-    """Tokens `(16, d)` per view, every value of token i of view v being 100 v + i, as views and selections."""
-    tokens = [torch.full((16, tiny.WIDTH), 100.0 * v) + torch.arange(16.0)[:, None] for v in range(views)]
-    kept = torch.arange(16) if whole else torch.tensor([1, 7, 8])
-    return [VisualTokens(own, (4, 4)) for own in tokens], [Selection(kept, torch.zeros(16))] * views
-
-
-def names(family, image):
-    """The packed rows of `marked` views by name: numbers, and "newline" for the model's newline."""
-    newline = family.model.model.image_newline
-    found = ["newline" if torch.equal(row, newline) else int(row.unique().item()) for row in image.embeds]
-    assert [place for place, name in enumerate(found) if name == "newline"] == list(image.rows.newlines)
-    return found
 
 
 # Native packing
@@ -112,25 +61,16 @@ def test_keeping_everything_gives_the_unpruned_model(make, size):
     image = Visual((tiny.random_image(3, *size),))
     if size in GRIDS:
         assert len(family.encode([image])[0]) == 1 + GRIDS[size]
-    embeds, logits = unpruned(family, [image.image], "What is it?")
-    prompt = family.embed(family.prompt("What is it?"), packed(family, NoPruning(), [image]))
-    torch.testing.assert_close(prompt.embeds, embeds, rtol=0, atol=1e-5)
-    with torch.inference_mode():
-        ours = family.model(inputs_embeds=prompt.embeds[None]).logits[0]
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
-    assert prompt.native == prompt.retained == sum(stop - start for start, stop in prompt.spans)
+    embeds, logits = tiled.unpruned(family, "What is it?", [image.image])
+    tiled.assert_unpruned(family, family.prompt("What is it?"), [image], embeds, logits)
 
 
 def test_keeping_everything_of_several_images_gives_the_unpruned_model(make):
     family = make(pack="spatial_unpad")
     images = [Visual((tiny.random_image(n, *size),)) for n, size in enumerate([(112, 56), (60, 81), (168, 56)])]
     text = "<image> or <image>, or this: <image>?"
-    embeds, logits = unpruned(family, [image.image for image in images], text)
-    prompt = family.embed(family.prompt(text, 3), packed(family, NoPruning(), images))
-    torch.testing.assert_close(prompt.embeds, embeds, rtol=0, atol=1e-5)
-    with torch.inference_mode():
-        ours = family.model(inputs_embeds=prompt.embeds[None]).logits[0]
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
+    embeds, logits = tiled.unpruned(family, text, [image.image for image in images])
+    prompt = tiled.assert_unpruned(family, family.prompt(text, 3), images, embeds, logits)
     assert (prompt.views, prompt.visuals) == (3 + 5 + 4, 3)
 
 
@@ -150,14 +90,8 @@ def test_keeping_everything_of_several_images_gives_the_unpruned_model(make):
 )
 def test_native_packing_by_hand(make, size, columns_of_tiles, views, rows, columns):
     family = make(pack="spatial_unpad")
-    expected = list(range(16))
-    for row in rows:
-        for column in columns:
-            tile = 1 + row // 4 * columns_of_tiles + column // 4
-            expected.append(100 * tile + row % 4 * 4 + column % 4)
-        expected.append("newline")
-    image = family.pack_selected(*marked(views), Visual((Image.new("RGB", size),)))
-    assert names(family, image) == expected
+    image = family.pack_selected(*tiled.marked(views), Visual((Image.new("RGB", size),)))
+    assert tiled.names(family, image) == tiled.names_in_rows(rows, columns, columns_of_tiles)
     assert image.native == image.retained == 16 + len(rows) * len(columns)
     assert len(image.rows.newlines) == len(rows)
 
@@ -167,14 +101,15 @@ def test_native_packing_by_hand(make, size, columns_of_tiles, views, rows, colum
 
 def test_flat_packing_by_hand(make):
     visual = Visual((Image.new("RGB", (112, 56)),))
-    kept = [1, 7, 8, 101, 107, 108, 201, 207, 208]
+    kept = (1, 7, 8)
+    rows = [*kept, *(100 + token for token in kept), *(200 + token for token in kept)]
     for pack, end in (("auto", []), ("flat", []), ("flat_newline", ["newline"])):
         family = make(pack=pack)
-        image = family.pack_selected(*marked(3, whole=False), visual)
-        assert names(family, image) == kept + end
+        image = family.pack_selected(*tiled.marked(3, kept), visual)
+        assert tiled.names(family, image) == rows + end
         assert (image.native, image.retained, image.views) == (48, 9, 3)
-        image = family.pack_selected(*marked(3), visual)
-        assert names(family, image) == [*range(16), *range(100, 116), *range(200, 216), *end]
+        image = family.pack_selected(*tiled.marked(3), visual)
+        assert tiled.names(family, image) == [*range(16), *range(100, 116), *range(200, 216), *end]
         assert (image.native, image.retained) == (48, 48)
 
 
@@ -184,16 +119,16 @@ def test_flat_packing_by_hand(make):
 )
 def test_a_base_view_ends_with_one_newline_unless_flat(make, pack, end):
     family = make(pack=pack)
-    for whole in (True, False):
-        image = family.pack_selected(*marked(1, whole), Visual((Image.new("RGB", (112, 56)),), "base"))
-        assert names(family, image) == [*(range(16) if whole else (1, 7, 8)), *end]
-        assert (image.native, image.retained) == (16, 16 if whole else 3)
+    for kept in (range(16), (1, 7, 8)):
+        image = family.pack_selected(*tiled.marked(1, kept), Visual((Image.new("RGB", (112, 56)),), "base"))
+        assert tiled.names(family, image) == [*kept, *end]
+        assert (image.native, image.retained) == (16, len(kept))
     assert len(family.pack_base(torch.zeros(5, tiny.WIDTH)).embeds) == 5 + len(end)
 
 
 def test_pruned_tiles_cannot_be_unpadded(make):
     family = make(pack="spatial_unpad")
-    views, (whole, *_) = marked(3)
+    views, (whole, *_) = tiled.marked(3)
     pruned = Selection(torch.arange(15), torch.zeros(16))
     with pytest.raises(UserError, match=r"pack=flat or pack=flat_newline"):
         family.pack_selected(views, [whole, whole, pruned], Visual((Image.new("RGB", (112, 56)),)))
@@ -226,13 +161,9 @@ def normalised(family, pixels):
 
 
 def test_cls_tensors_of_every_view_are_those_of_the_plain_tower_fed_with_that_view(family):
-    # As high as 2 x 2 tiles, so that it is not resized: 14 black pixels on both sides.
-    image = tiny.random_image(2, 84, 112)
-    canvas = Image.new("RGB", (112, 112))
-    canvas.paste(image, (14, 0))
-    tiles = [canvas.crop((x, y, x + 56, y + 56)) for y in (0, 56) for x in (0, 56)]
+    image, by_hand = tiled.image_and_views()
     (views,) = family.encode([image], NEEDS)
-    for view, pixels in zip(views, [image.resize((56, 56), Image.Resampling.BICUBIC), *tiles], strict=True):
+    for view, pixels in zip(views, by_hand, strict=True):
         hidden, tokens, queries, keys = fed_with(family, normalised(family, pixels))
         attention = torch.softmax(keys @ queries[0] / keys.shape[1] ** 0.5, 0)[1:]
         similarity = torch.cosine_similarity(hidden[1:], hidden[:1])
@@ -288,7 +219,7 @@ def test_random_tokens_differ_from_view_to_view(family):
     (views,) = family.encode([visual])
     choices = [RandomPruning(Budget.tokens(4)).select(view).kept for view in views]
     assert len({tuple(kept.tolist()) for kept in choices}) > 1
-    (image,) = packed(family, RandomPruning(Budget.tokens(4)), [visual])
+    (image,) = tiled.packed(family, RandomPruning(Budget.tokens(4)), [visual])
     rows = [view.features[token] for view, kept in zip(views, choices, strict=True) for token in kept]
     assert torch.equal(image.embeds, torch.stack(rows))
     assert (image.native, image.retained, image.views) == (80, 20, 5)
@@ -304,7 +235,7 @@ def test_rcb_prunes_every_view_by_the_same_threshold(family):
     rows = torch.cat([view.features[own < threshold] for view, own in zip(views, redundancy, strict=True)])
     counts = [int((own < threshold).sum()) for own in redundancy]
     assert len(set(counts)) > 1
-    (image,) = packed(family, RCB(Budget.threshold(threshold), Codebook(prototypes, {"id": "tiny"})), [visual])
+    (image,) = tiled.packed(family, RCB(Budget.threshold(threshold), Codebook(prototypes, {"id": "tiny"})), [visual])
     assert torch.equal(image.embeds, rows)
     assert (image.native, image.retained) == (64, sum(counts))
 
@@ -326,7 +257,7 @@ def test_prumerge_merges_inside_each_view(make):
         merged.append(sum(weights[i] * view.encoder_features[i] for i in left))
         with torch.inference_mode():
             rows.append(family.model.model.multi_modal_projector(torch.stack(merged).float()))
-    (image,) = packed(family, pruner, [visual])
+    (image,) = tiled.packed(family, pruner, [visual])
     rows.append(family.model.model.image_newline.detach()[None])
     torch.testing.assert_close(image.embeds, torch.cat(rows), rtol=0, atol=1e-5)
     assert (image.native, image.retained, image.rows.newlines) == (80, 20, (20,))
@@ -341,7 +272,7 @@ def test_adaptive_prumerge_decides_for_every_view(family):
         lower, upper = np.percentile(values, [25, 75])
         counts.append(max(1, int((values > upper + 1.5 * (upper - lower)).sum())) + 1)
     assert len(set(counts)) > 1
-    (image,) = packed(family, PruMerge(), [visual])
+    (image,) = tiled.packed(family, PruMerge(), [visual])
     assert image.retained == sum(counts)
 
 
@@ -358,12 +289,12 @@ def test_the_llama_3_template_adds_the_original_system_prompt(make):
     )
 
 
-def test_options_pass_through_loading(checkpoint_next):
-    family = load_family(str(checkpoint_next), family="llava_next", split=False, pack="flat")
+def test_options_pass_through_loading(checkpoint):
+    family = load_family(str(checkpoint), family="llava_next", split=False, pack="flat")
     assert (family.split, family.packing) == (False, "flat")
     assert set(family.options) == {"split", "pack"}
     with pytest.raises(UserError, match="spatial_unpad"):
-        load_family(str(checkpoint_next), pack="spatial")
+        load_family(str(checkpoint), pack="spatial")
     assert default_codebook("llava_next", family.checkpoint) == "llava-next-llama3-8b"
 
 
@@ -372,31 +303,13 @@ def test_options_pass_through_loading(checkpoint_next):
 
 def test_codebook_experiments_pack_a_base_view_with_its_newline(family, tmp_path, monkeypatch):
     image = tiny.random_image(8, 80, 60)
-    image.save(tmp_path / "image.png")
-    seen, answer = [], probe_module.last_logits
-    monkeypatch.setattr(
-        probe_module, "last_logits", lambda own, prompts, size: seen.extend(prompts) or answer(own, prompts, size)
-    )
     # Thresholds that everything passes: every probed token becomes a prototype.
     settings = settings_for("llava_next", article="keep", probes=12, tau_prob=2, tau_jsd=99, tau_out=99, tau_in=0)
-    codebook = build(family, [tmp_path / "image.png"], tmp_path / "book.safetensors", settings, progress=False)
-    hidden, tokens, *_ = fed_with(family, normalised(family, image.resize((56, 56), Image.Resampling.BICUBIC)))
+    codebook, prompts = tiled.codebook_and_prompts(family, image, settings, tmp_path, monkeypatch)
+    hidden, tokens, *_ = fed_with(family, normalised(family, tiled.stretched(image)))
     order = torch.cosine_similarity(hidden[1:], hidden[:1]).argsort(descending=True).tolist()
-    patches = [order[rank - 1] for rank in probe_module.probed_ranks(16, 12)]
+    patches = [order[rank - 1] for rank in probed_ranks(16, 12)]
     assert sorted(codebook.meta["rows"]["patch"]) == sorted(patches)
     assert codebook.meta["experiment"]["single_repeats"] == 24
-    newline, pad = family.model.model.image_newline, family.model.get_input_embeddings().weight[0]
-    assert all(prompt.newlines == 1 for prompt in seen)
-    whole, *probes = [prompt.embeds[prompt.spans[0][0] : prompt.prefix] for prompt in seen]
-    assert all(torch.equal(rows[-1], newline) for rows in (whole, *probes))
-    torch.testing.assert_close(whole[:-1], tokens, rtol=0, atol=1e-5)
-    kinds = [probes[start : start + 12] for start in range(0, 48, 12)]
-    for patch, single, region, ablated_region, ablated in zip(patches, *kinds, strict=True):
-        top, left = (max(0, min(place - 1, 1)) for place in divmod(patch, 4))
-        window = [row * 4 + column for row in range(top, top + 3) for column in range(left, left + 3)]
-        torch.testing.assert_close(single[:-1], tokens[patch].expand(24, -1), rtol=0, atol=1e-5)
-        torch.testing.assert_close(region[:-1], tokens[window], rtol=0, atol=1e-5)
-        without, hole = tokens.clone(), tokens.clone()
-        without[patch], hole[window] = pad, pad
-        torch.testing.assert_close(ablated_region[:-1], without[window], rtol=0, atol=1e-5)
-        torch.testing.assert_close(ablated[:-1], hole, rtol=0, atol=1e-5)
+    pad = family.model.get_input_embeddings().weight[0]
+    tiled.assert_experiments(family, prompts, tokens, patches, repeats=24, pad=pad)

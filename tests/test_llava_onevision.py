@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tiled
 import tiny
 import tiny_onevision
 import torch
@@ -13,8 +14,6 @@ from PIL import Image
 from tiny_onevision import WIDTH
 
 from rcb_lmms.budget import Budget
-from rcb_lmms.codebook import probe as probe_module
-from rcb_lmms.codebook.build import build
 from rcb_lmms.codebook.settings import settings_for
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import default_codebook, load_family
@@ -23,7 +22,6 @@ from rcb_lmms.families.images import Visual
 from rcb_lmms.families.llava_onevision import LlavaOnevision
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.pruners.base import Selection, VisualTokens, check_needs
-from rcb_lmms.pruners.none import NoPruning
 from rcb_lmms.pruners.prumerge import PruMerge
 from rcb_lmms.pruners.random import RandomPruning
 
@@ -45,20 +43,8 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint_onevision(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     return tiny_onevision.save_onevision(tmp_path_factory.mktemp("onevision"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint_onevision):
-    family = load_family(str(checkpoint_onevision))
-    return family.model, family.processor
-
-
-@pytest.fixture(scope="module")
-def make(loaded):
-    """A family around the same weights, with other options."""
-    return lambda **options: LlavaOnevision(*loaded, pretrained="tiny", **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,56 +56,6 @@ def video(count, size=(80, 60)):
     return Visual(tuple(tiny.random_image(30 + number, *size) for number in range(count)), "video")
 
 
-def unpruned(family, text, images=(), frames=()):
-    """Embeddings that reach the language model, and logits, when Hugging Face does everything."""
-    media = ["video"] * bool(frames) + ["image"] * len(images)
-    messages = [{"role": "user", "content": interleave(text, media)}]
-    prompt = family.processor.apply_chat_template(messages, add_generation_prompt=True)
-    own = {"images": [list(images)]} if images else {"videos": [np.stack([np.asarray(frame) for frame in frames])]}
-    inputs = family.processor(text=[prompt], return_tensors="pt", **own)
-    seen = {}
-    hook = family.model.model.language_model.register_forward_pre_hook(
-        lambda _, __, arguments: seen.update(arguments), with_kwargs=True
-    )
-    with torch.inference_mode():
-        logits = family.model(**inputs).logits
-    hook.remove()
-    return seen["inputs_embeds"][0], logits[0]
-
-
-def packed(family, pruner, visuals):
-    views = family.encode(visuals, pruner.needs)
-    selections = [[pruner.select(view) for view in own] for own in views]
-    return [family.pack_selected(*parts) for parts in zip(views, selections, visuals, strict=True)]
-
-
-def assert_unpruned(family, ids, visuals, embeds, logits):
-    """The prompt of everything kept is the one that the Hugging Face model makes; returns it."""
-    prompt = family.embed(ids, packed(family, NoPruning(), visuals))
-    torch.testing.assert_close(prompt.embeds, embeds, rtol=0, atol=1e-5)
-    with torch.inference_mode():
-        ours = family.model(inputs_embeds=prompt.embeds[None]).logits[0]
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
-    assert prompt.native == prompt.retained == sum(stop - start for start, stop in prompt.spans)
-    return prompt
-
-
-def marked(views, kept=range(16), side=4):
-    """Every value of token i of view v is 100 v + i: views and selections."""
-    n = side * side
-    tokens = [torch.full((n, WIDTH), 100.0 * v) + torch.arange(float(n))[:, None] for v in range(views)]
-    selection = Selection(torch.tensor(list(kept), dtype=torch.long), torch.zeros(n))
-    return [VisualTokens(own, (side, side)) for own in tokens], [selection] * views
-
-
-def names(family, image):
-    """The packed rows of `marked` views by name: numbers, and "newline" for the model's newline."""
-    newline = family.model.model.image_newline
-    found = ["newline" if torch.equal(row, newline) else int(row.unique().item()) for row in image.embeds]
-    assert [place for place, name in enumerate(found) if name == "newline"] == list(image.rows.newlines)
-    return found
-
-
 # Keeping everything gives the unpruned model
 
 
@@ -128,8 +64,8 @@ def test_one_image(make, size):
     family = make(pack="spatial_unpad")
     image = tiny.random_image(3, *size)
     assert len(family.encode([image])[0]) == 1 + SIZES[size]
-    embeds, logits = unpruned(family, "What is it?", [image])
-    assert_unpruned(family, family.prompt("What is it?"), [Visual((image,))], embeds, logits)
+    embeds, logits = tiled.unpruned(family, "What is it?", [image])
+    tiled.assert_unpruned(family, family.prompt("What is it?"), [Visual((image,))], embeds, logits)
 
 
 def test_several_images(make):
@@ -137,7 +73,7 @@ def test_several_images(make):
     images = [tiny.random_image(n, *size) for n, size in enumerate([(112, 56), (60, 81), (168, 168)])]
     text = "<image> or <image>, or this: <image>?"
     visuals = [Visual((image,), family.several) for image in images]
-    prompt = assert_unpruned(family, family.prompt(text, 3), visuals, *unpruned(family, text, images))
+    prompt = tiled.assert_unpruned(family, family.prompt(text, 3), visuals, *tiled.unpruned(family, text, images))
     assert (prompt.views, prompt.visuals, prompt.native, prompt.newlines) == (3, 3, 48, 3)
 
 
@@ -145,8 +81,8 @@ def test_several_images(make):
 def test_video(make, pack):
     family, visual = make(preprocess="native", pack=pack), video(5)
     ids = family.chat([{"role": "user", "content": interleave("What happens?", ["video"])}])
-    embeds, logits = unpruned(family, "What happens?", frames=visual.frames)
-    prompt = assert_unpruned(family, ids, [visual], embeds, logits)
+    embeds, logits = tiled.unpruned(family, "What happens?", frames=visual.frames)
+    prompt = tiled.assert_unpruned(family, ids, [visual], embeds, logits)
     assert (prompt.views, prompt.visuals, prompt.native, prompt.newlines) == (5, 1, 20, 1)
 
 
@@ -167,21 +103,15 @@ def test_video(make, pack):
 )
 def test_native_packing(make, size, columns_of_tiles, views, rows, columns):
     family = make(pack="spatial_unpad")
-    expected = list(range(16))
-    for row in rows:
-        for column in columns:
-            tile = 1 + row // 4 * columns_of_tiles + column // 4
-            expected.append(100 * tile + row % 4 * 4 + column % 4)
-        expected.append("newline")
-    image = family.pack_selected(*marked(views), Visual((Image.new("RGB", size),)))
-    assert names(family, image) == expected
+    image = family.pack_selected(*tiled.marked(views), Visual((Image.new("RGB", size),)))
+    assert tiled.names(family, image) == tiled.names_in_rows(rows, columns, columns_of_tiles)
     assert image.native == image.retained == 16 + len(rows) * len(columns)
 
 
 def test_native_packing_shrinks_many_tiles(make):
     """12 x 12 tokens of nine tiles are 1.5 squared times those of four views: 8 x 8 are left, 1.5 apart."""
     family = make(pack="spatial_unpad")
-    views, selections = marked(10)
+    views, selections = tiled.marked(10)
     whole = torch.arange(12.0)[:, None] * 100 + torch.arange(12.0)
     for number in range(9):
         top, left = number // 3 * 4, number % 3 * 4
@@ -200,7 +130,7 @@ def test_native_packing_shrinks_many_tiles(make):
 def test_the_checkpoints_limit_of_tiles_is_used(make, monkeypatch):
     family = make(pack="spatial_unpad")
     monkeypatch.setattr(family.model.config, "vision_aspect_ratio", "anyres_max_9")
-    image = family.pack_selected(*marked(10), Visual((Image.new("RGB", (168, 168)),)))
+    image = family.pack_selected(*tiled.marked(10), Visual((Image.new("RGB", (168, 168)),)))
     assert (image.native, len(image.rows.newlines)) == (16 + 144, 12)
 
 
@@ -212,13 +142,13 @@ def test_the_checkpoints_limit_of_tiles_is_used(make, monkeypatch):
 def test_flat_packing(make, kept, pack, tiles_end, base_end):
     family, picture = make(pack=pack), Image.new("RGB", (112, 56))
     if tiles_end is not None:
-        image = family.pack_selected(*marked(3, kept), Visual((picture,)))
+        image = family.pack_selected(*tiled.marked(3, kept), Visual((picture,)))
         tiles = [*kept, *(100 + token for token in kept), *(200 + token for token in kept)]
-        assert names(family, image) == [*tiles, *["newline"] * tiles_end]
+        assert tiled.names(family, image) == [*tiles, *["newline"] * tiles_end]
         assert (image.native, image.retained, image.views) == (48, 3 * len(kept), 3)
     for role in ("base", "image"):  # an image that is not split has one view too
-        image = family.pack_selected(*marked(1, kept), Visual((picture,), role))
-        assert names(family, image) == [*kept, *["newline"] * base_end]
+        image = family.pack_selected(*tiled.marked(1, kept), Visual((picture,), role))
+        assert tiled.names(family, image) == [*kept, *["newline"] * base_end]
         assert (image.native, image.retained) == (16, len(kept))
     assert len(family.pack_base(torch.zeros(5, WIDTH)).embeds) == 5 + base_end
 
@@ -226,13 +156,13 @@ def test_flat_packing(make, kept, pack, tiles_end, base_end):
 @pytest.mark.parametrize("pack", ["auto", "flat", "flat_newline", "spatial_unpad"])
 def test_frames_are_packed_in_order_with_one_newline_at_the_very_end(make, pack):
     family = make(pack=pack)
-    image = family.pack_selected(*marked(3, (0, 3), side=2), video(3))
-    assert names(family, image) == [0, 3, 100, 103, 200, 203, "newline"]
+    image = family.pack_selected(*tiled.marked(3, (0, 3), side=2), video(3))
+    assert tiled.names(family, image) == [0, 3, 100, 103, 200, 203, "newline"]
     assert (image.native, image.retained, image.views) == (12, 6, 3)
 
 
 def test_pruned_tiles_cannot_be_unpadded(make):
-    views, (whole, *_) = marked(3)
+    views, (whole, *_) = tiled.marked(3)
     pruned = Selection(torch.arange(15), torch.zeros(16))
     with pytest.raises(UserError, match=r"pack=flat or pack=flat_newline"):
         make(pack="spatial_unpad").pack_selected(views, [whole, whole, pruned], Visual((Image.new("RGB", (112, 56)),)))
@@ -255,18 +185,10 @@ def fed_with(family, pixels):
         return output.hidden_states[-1][0], model.multi_modal_projector(output.hidden_states[-1])[0]
 
 
-def stretched(image):
-    return image.resize((56, 56), Image.Resampling.BICUBIC)
-
-
 def test_views_are_those_of_the_plain_tower_fed_with_each_view(family):
-    # As high as 2 x 2 tiles, so that it is not resized: 14 black pixels on both sides.
-    image = tiny.random_image(2, 84, 112)
-    canvas = Image.new("RGB", (112, 112))
-    canvas.paste(image, (14, 0))
-    tiles = [canvas.crop((x, y, x + 56, y + 56)) for y in (0, 56) for x in (0, 56)]
+    image, by_hand = tiled.image_and_views()
     (views,) = family.encode([image], {"encoder_features"})
-    for view, pixels in zip(views, [stretched(image), *tiles], strict=True):
+    for view, pixels in zip(views, by_hand, strict=True):
         encoder, tokens = fed_with(family, pixels)
         assert view.grid == (4, 4)
         torch.testing.assert_close(view.encoder_features, encoder, rtol=0, atol=1e-5)
@@ -279,7 +201,7 @@ def test_several_images_are_stretched_or_padded(make):
     square = Image.new("RGB", (90, 90), (127, 127, 127))
     square.paste(image, (0, 25))
     found = {name: make(preprocess=name).encode([Visual((image,), "base")])[0] for name in ("rcb", "native")}
-    for preset, pixels in (("rcb", stretched(image)), ("native", stretched(square))):
+    for preset, pixels in (("rcb", tiled.stretched(image)), ("native", tiled.stretched(square))):
         (view,) = found[preset]
         torch.testing.assert_close(view.features, fed_with(make(), pixels)[1], rtol=0, atol=1e-5)
     assert (found["rcb"][0].features - found["native"][0].features).abs().max() > 0.01
@@ -293,7 +215,7 @@ def test_frames_are_pooled_by_halves(family):
     visual = video(3)
     (views,) = family.encode([visual])
     for frame, view in zip(visual.frames, views, strict=True):
-        tokens = fed_with(family, stretched(frame))[1].reshape(2, 2, 2, 2, WIDTH)
+        tokens = fed_with(family, tiled.stretched(frame))[1].reshape(2, 2, 2, 2, WIDTH)
         assert view.grid == (2, 2)
         torch.testing.assert_close(view.features, tokens.mean((1, 3)).reshape(4, WIDTH), rtol=0, atol=1e-5)
 
@@ -360,7 +282,7 @@ def test_the_tower_never_sees_more_than_a_bounded_number_of_views(family):
 @pytest.mark.parametrize("size", [(1, 1), (3, 77), (1, 600), (600, 1)])
 def test_extreme_shapes_are_packed_as_the_unpruned_model_packs_them(make, size):
     family, image = make(pack="spatial_unpad"), Image.new("RGB", size, "blue")
-    assert_unpruned(family, family.prompt("Q"), [Visual((image,))], *unpruned(family, "Q", [image]))
+    tiled.assert_unpruned(family, family.prompt("Q"), [Visual((image,))], *tiled.unpruned(family, "Q", [image]))
 
 
 # Pruning
@@ -371,7 +293,7 @@ def test_random_tokens_differ_from_frame_to_frame(family):
     (views,) = family.encode([visual])
     choices = [pruner.select(view).kept for view in views]
     assert len({tuple(kept.tolist()) for kept in choices}) > 1
-    (image,) = packed(family, pruner, [visual])
+    (image,) = tiled.packed(family, pruner, [visual])
     rows = [view.features[token] for view, kept in zip(views, choices, strict=True) for token in kept]
     assert torch.equal(image.embeds, torch.stack([*rows, family.model.model.image_newline.detach()]))
     assert (image.native, image.retained, image.views) == (24, 12, 6)
@@ -413,11 +335,11 @@ def test_a_video_is_one_visual(make, tmp_path):
     assert [frame.getpixel((0, 0))[0] // 20 for frame in visual.frames] == [2, 5, 8, 10]
 
 
-def test_options_pass_through_loading(checkpoint_onevision):
-    family = load_family(str(checkpoint_onevision), family="llava_onevision", split=False, pack="flat")
+def test_options_pass_through_loading(checkpoint):
+    family = load_family(str(checkpoint), family="llava_onevision", split=False, pack="flat")
     assert (family.split, family.packing) == (False, "flat")
     with pytest.raises(UserError, match="spatial_unpad"):
-        load_family(str(checkpoint_onevision), pack="spatial")
+        load_family(str(checkpoint), pack="spatial")
     assert default_codebook("llava_onevision", family.checkpoint) == "llava-onevision-qwen2-7b"
 
 
@@ -437,30 +359,13 @@ def test_ablated_tokens_become_the_embedding_of_endoftext(family, make):
 def test_codebook_experiments_repeat_a_token_27_times_on_a_uniform_grid(make, tmp_path, monkeypatch):
     family, image = make(), tiny.random_image(8, 80, 60)
     family.pad_token_id = 9
-    image.save(tmp_path / "image.png")
-    seen, answer = [], probe_module.last_logits
-    monkeypatch.setattr(
-        probe_module, "last_logits", lambda own, prompts, size: seen.extend(prompts) or answer(own, prompts, size)
-    )
     # Thresholds that everything passes: every probed token becomes a prototype.
     settings = settings_for("llava_onevision", article="keep", probes=9, tau_prob=2, tau_jsd=99, tau_out=99, tau_in=0)
-    codebook = build(family, [tmp_path / "image.png"], tmp_path / "book.safetensors", settings, progress=False)
+    codebook, prompts = tiled.codebook_and_prompts(family, image, settings, tmp_path, monkeypatch)
     # Three rows and columns of four, at the middles of thirds: 0.67, 2, 3.33.
     patches = [0, 2, 3, 8, 10, 11, 12, 14, 15]
     assert sorted(codebook.meta["rows"]["patch"]) == patches
     assert codebook.meta["experiment"]["single_repeats"] == 27
-    tokens = fed_with(family, stretched(image))[1]
-    newline, pad = family.model.model.image_newline, family.model.get_input_embeddings().weight[9]
-    whole, *probes = [prompt.embeds[prompt.spans[0][0] : prompt.prefix] for prompt in seen]
-    assert all(torch.equal(rows[-1], newline) for rows in (whole, *probes))
-    torch.testing.assert_close(whole[:-1], tokens, rtol=0, atol=1e-5)
-    kinds = [probes[start : start + 9] for start in range(0, 36, 9)]
-    for patch, single, region, ablated_region, ablated in zip(patches, *kinds, strict=True):
-        top, left = (max(0, min(place - 1, 1)) for place in divmod(patch, 4))
-        window = [row * 4 + column for row in range(top, top + 3) for column in range(left, left + 3)]
-        without, hole = tokens.clone(), tokens.clone()
-        without[patch], hole[window] = pad, pad
-        torch.testing.assert_close(single[:-1], tokens[patch].expand(27, -1), rtol=0, atol=1e-5)
-        torch.testing.assert_close(region[:-1], tokens[window], rtol=0, atol=1e-5)
-        torch.testing.assert_close(ablated_region[:-1], without[window], rtol=0, atol=1e-5)
-        torch.testing.assert_close(ablated[:-1], hole, rtol=0, atol=1e-5)
+    tokens = fed_with(family, tiled.stretched(image))[1]
+    pad = family.model.get_input_embeddings().weight[9]
+    tiled.assert_experiments(family, prompts, tokens, patches, repeats=27, pad=pad)

@@ -59,6 +59,15 @@ def build_tokenizer():
     )
 
 
+def save(folder: Path, model, processor) -> Path:
+    # Every second token ends an answer, so that random answers are short.
+    model.generation_config.eos_token_id = [2, *range(5, len(processor.tokenizer), 2)]
+    model.generation_config.pad_token_id = model.config.get_text_config().pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def save_llava(folder: Path) -> Path:
     from transformers import (
         CLIPImageProcessorPil,
@@ -87,13 +96,7 @@ def save_llava(folder: Path) -> Path:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    model = LlavaForConditionalGeneration(config)
-    # Every second token ends an answer, so that random answers are short.
-    model.generation_config.eos_token_id = [2, *range(5, len(tokenizer), 2)]
-    model.generation_config.pad_token_id = 3
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save(folder, LlavaForConditionalGeneration(config), processor)
 
 
 def random_image(seed: int, width: int = 80, height: int = 60):

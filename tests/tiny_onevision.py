@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny
 import torch
 
 SIDE_PX, PATCH_PX = 56, 14
@@ -72,7 +73,6 @@ def save_onevision(folder: Path, side_px: int = SIDE_PX) -> Path:
     torch.manual_seed(4)
     processor = _processor(side_px)
     tokenizer = processor.tokenizer
-    vocabulary = len(tokenizer)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=32,
@@ -84,7 +84,7 @@ def save_onevision(folder: Path, side_px: int = SIDE_PX) -> Path:
             vision_use_head=False,
         ),
         text_config=Qwen2Config(
-            vocab_size=vocabulary,
+            vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=96,
             num_hidden_layers=4,
@@ -100,10 +100,4 @@ def save_onevision(folder: Path, side_px: int = SIDE_PX) -> Path:
         image_grid_pinpoints=_pinpoints(side_px),
         vision_aspect_ratio="anyres_max_4",
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
-    # Every second token ends an answer, so that random answers are short.
-    model.generation_config.eos_token_id = [2, *range(5, vocabulary, 2)]
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return tiny.save(folder, LlavaOnevisionForConditionalGeneration(config), processor)

@@ -1,0 +1,119 @@
+"""For the tests of both families with tiles: the unpruned model, views marked by number, a codebook's experiments."""
+
+from __future__ import annotations
+
+import numpy as np
+import tiny
+import torch
+from PIL import Image
+
+from rcb_lmms.codebook import probe
+from rcb_lmms.codebook.build import build
+from rcb_lmms.families.base import interleave
+from rcb_lmms.pruners.base import Selection, VisualTokens
+from rcb_lmms.pruners.none import NoPruning
+
+
+def unpruned(family, text, images=(), frames=()):
+    """Embeddings that reach the language model, and logits, when Hugging Face does everything."""
+    media = ["video"] * bool(frames) + ["image"] * len(images)
+    messages = [{"role": "user", "content": interleave(text, media)}]
+    prompt = family.processor.apply_chat_template(messages, add_generation_prompt=True)
+    own = {"images": [list(images)]} if images else {"videos": [np.stack([np.asarray(frame) for frame in frames])]}
+    inputs = family.processor(text=[prompt], return_tensors="pt", **own)
+    seen = {}
+    hook = family.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, arguments: seen.update(arguments), with_kwargs=True
+    )
+    with torch.inference_mode():
+        logits = family.model(**inputs).logits
+    hook.remove()
+    return seen["inputs_embeds"][0], logits[0]
+
+
+def packed(family, pruner, visuals):
+    views = family.encode(visuals, pruner.needs)
+    selections = [[pruner.select(view) for view in own] for own in views]
+    return [family.pack_selected(*parts) for parts in zip(views, selections, visuals, strict=True)]
+
+
+def assert_unpruned(family, ids, visuals, embeds, logits):
+    """The prompt of everything kept is the one that the Hugging Face model makes; returns it."""
+    prompt = family.embed(ids, packed(family, NoPruning(), visuals))
+    torch.testing.assert_close(prompt.embeds, embeds, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        ours = family.model(inputs_embeds=prompt.embeds[None]).logits[0]
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
+    assert prompt.native == prompt.retained == sum(stop - start for start, stop in prompt.spans)
+    return prompt
+
+
+def marked(views, kept=range(16), side=4):
+    """Every value of token i of view v is 100 v + i: views and selections."""
+    n = side * side
+    tokens = [torch.full((n, tiny.WIDTH), 100.0 * v) + torch.arange(float(n))[:, None] for v in range(views)]
+    selection = Selection(torch.tensor(list(kept), dtype=torch.long), torch.zeros(n))
+    return [VisualTokens(own, (side, side)) for own in tokens], [selection] * views
+
+
+def names(family, image):
+    """The packed rows of `marked` views by name: numbers, and "newline" for the model's newline."""
+    newline = family.model.model.image_newline
+    found = ["newline" if torch.equal(row, newline) else int(row.unique().item()) for row in image.embeds]
+    assert [place for place, name in enumerate(found) if name == "newline"] == list(image.rows.newlines)
+    return found
+
+
+def names_in_rows(rows, columns, columns_of_tiles):
+    """The names of a base view and of its tiles' rows and columns of tokens, with a newline behind every row."""
+    expected = list(range(16))
+    for row in rows:
+        for column in columns:
+            tile = 1 + row // 4 * columns_of_tiles + column // 4
+            expected.append(100 * tile + row % 4 * 4 + column % 4)
+        expected.append("newline")
+    return expected
+
+
+def image_and_views():
+    """An image, and pixels of its base view and its 2 x 2 tiles by hand."""
+    # As high as 2 x 2 tiles, so that it is not resized: 14 black pixels on both sides.
+    image = tiny.random_image(2, 84, 112)
+    canvas = Image.new("RGB", (112, 112))
+    canvas.paste(image, (14, 0))
+    tiles = [canvas.crop((x, y, x + 56, y + 56)) for y in (0, 56) for x in (0, 56)]
+    return image, [stretched(image), *tiles]
+
+
+def stretched(image):
+    return image.resize((56, 56), Image.Resampling.BICUBIC)
+
+
+def codebook_and_prompts(family, image, settings, folder, monkeypatch):
+    """The codebook of one image, and the visual tokens and newlines of every prompt that its builder asked."""
+    image.save(folder / "image.png")
+    seen, answer = [], probe.last_logits
+    monkeypatch.setattr(
+        probe, "last_logits", lambda own, prompts, size: seen.extend(prompts) or answer(own, prompts, size)
+    )
+    codebook = build(family, [folder / "image.png"], folder / "book.safetensors", settings, progress=False)
+    return codebook, seen
+
+
+def assert_experiments(family, prompts, tokens, patches, repeats, pad):
+    """The whole image, then for all `patches` each of the four experiments; a newline ends every one of them."""
+    newline, count = family.model.model.image_newline, len(patches)
+    assert all(prompt.newlines == 1 for prompt in prompts)
+    whole, *probes = [prompt.embeds[prompt.spans[0][0] : prompt.prefix] for prompt in prompts]
+    assert all(torch.equal(rows[-1], newline) for rows in (whole, *probes))
+    torch.testing.assert_close(whole[:-1], tokens, rtol=0, atol=1e-5)
+    kinds = [probes[start : start + count] for start in range(0, 4 * count, count)]
+    for patch, single, region, ablated_region, ablated in zip(patches, *kinds, strict=True):
+        top, left = (max(0, min(place - 1, 1)) for place in divmod(patch, 4))
+        window = [row * 4 + column for row in range(top, top + 3) for column in range(left, left + 3)]
+        without, hole = tokens.clone(), tokens.clone()
+        without[patch], hole[window] = pad, pad
+        torch.testing.assert_close(single[:-1], tokens[patch].expand(repeats, -1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(region[:-1], tokens[window], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ablated_region[:-1], without[window], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ablated[:-1], hole, rtol=0, atol=1e-5)
