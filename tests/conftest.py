@@ -83,7 +83,7 @@ def tiny_qwen2():
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny_llava():
     """A random `LlavaForConditionalGeneration`: CLIP tower with 4 x 4 patches of 28 x 28 images, image token 95."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

@@ -199,25 +199,8 @@ def images(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def model():
-    from conftest import TEXT_SIZES, VISION_SIZES
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(3)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION_SIZES),
-        text_config=LlamaConfig(**TEXT_SIZES),
-        image_token_id=95,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-@pytest.fixture(scope="module")
-def experiments(model, images):
-    return literal_experiments(model, tiny_family(model), images)
+def experiments(tiny_llava, images):
+    return literal_experiments(tiny_llava, tiny_family(tiny_llava), images)
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +232,10 @@ def settings_that_bite(preset: str, experiments, article) -> BuildSettings:
 
 @pytest.mark.parametrize("preset", ["official", "paper"])
 @pytest.mark.parametrize("batch_size", [5, 64])
-def test_the_builder_equals_the_literal_version(tmp_path, model, images, experiments, article, preset, batch_size):
+def test_the_builder_equals_the_literal_version(tmp_path, tiny_llava, images, experiments, article, preset, batch_size):
     settings = settings_that_bite(preset, experiments, article)
     out = tmp_path / "made.safetensors"
-    made = build(tiny_family(model, article), images, out, settings, batch_size=batch_size, progress=False)
+    made = build(tiny_family(tiny_llava, article), images, out, settings, batch_size=batch_size, progress=False)
     skipped = 0
     for number, answers in enumerate(experiments):
         statistics = ImageStatistics.read(tmp_path / "made.safetensors.stats" / f"{number:06d}.safetensors")
@@ -277,8 +260,8 @@ def test_the_builder_equals_the_literal_version(tmp_path, model, images, experim
     assert Codebook.load(out).sha256 == made.sha256
 
 
-def test_the_article_rule_changes_what_is_read(tmp_path, model, images, article):
-    family = tiny_family(model, article)
+def test_the_article_rule_changes_what_is_read(tmp_path, tiny_llava, images, article):
+    family = tiny_family(tiny_llava, article)
     view = family.encode([family.open(images[0])], {"cls_similarity"})[0][0]
     kept, skipped = (
         measure(family, view, BuildSettings(prompt=PROMPT, article=rule, probes=PATCHES), 8)
