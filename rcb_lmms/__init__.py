@@ -5,8 +5,9 @@ The names below are loaded on first use, so that `import rcb_lmms` costs nothing
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rcb_lmms.lazy import on_first_use
 
 if TYPE_CHECKING:
     from rcb_lmms.budget import Budget
@@ -16,21 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PRUNERS", "Budget", "Codebook", "Selection", "VisualTokens", "make_pruner"]
 
-_HOMES = {
-    "PRUNERS": "rcb_lmms.pruners",
-    "make_pruner": "rcb_lmms.pruners",
-    "Selection": "rcb_lmms.pruners.base",
-    "VisualTokens": "rcb_lmms.pruners.base",
-    "Budget": "rcb_lmms.budget",
-    "Codebook": "rcb_lmms.codebook",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = on_first_use(
+    globals(),
+    {
+        "PRUNERS": "rcb_lmms.pruners",
+        "make_pruner": "rcb_lmms.pruners",
+        "Selection": "rcb_lmms.pruners.base",
+        "VisualTokens": "rcb_lmms.pruners.base",
+        "Budget": "rcb_lmms.budget",
+        "Codebook": "rcb_lmms.codebook",
+    },
+)

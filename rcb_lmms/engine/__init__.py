@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from rcb_lmms.lazy import on_first_use
 
-_HOMES = {"prune_at_layer": "rcb_lmms.engine.layer_pruning"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = on_first_use(globals(), {"prune_at_layer": "rcb_lmms.engine.layer_pruning"})
