@@ -213,13 +213,13 @@ def table(
 
 def paper_table(key: str, results: Path, out: Path) -> None:
     """Fill one of the paper's tables, print it and what was left out."""
-    from rcb_lmms.report.paper_text import write_paper_table
+    from rcb_lmms.report.paper_text import left_out, write_paper_table
     from rcb_lmms.report.published import layout
 
     text, excluded = write_paper_table(layout(key), results, out)
     typer.echo(text)
-    for entry in excluded:
-        typer.echo(f"left out: {entry.path}: {entry.reason}", err=True)
+    for line in left_out(excluded):
+        typer.echo(f"left out: {line}", err=True)
     typer.echo(f"wrote {out / key}.md and its other forms")
 
 

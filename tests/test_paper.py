@@ -16,8 +16,9 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.evaluate import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
+from rcb_lmms.report.collect import Excluded
 from rcb_lmms.report.paper import comparisons, numbers
-from rcb_lmms.report.paper_text import readable, write_paper_table
+from rcb_lmms.report.paper_text import left_out, readable, write_paper_table
 from rcb_lmms.report.published import eval_configs, layout, layouts
 from rcb_lmms.resources import data_dir
 
@@ -475,3 +476,10 @@ def test_runs_of_single_tasks_are_one_row_of_the_plain_table(tmp_path):
     _record(status="started")(tmp_path / "full" / "mme")
     with pytest.raises(UserError, match=r"none that can be used; the first: .*mme: not finished"):
         collect(tmp_path)
+
+
+def test_runs_left_out_for_one_reason_take_one_line():
+    runs = [
+        Excluded(Path(name), reason) for name, reason in (("a", "late"), ("b", "torn"), ("c", "late"), ("d", "late"))
+    ]
+    assert left_out(runs) == ["a and 2 more: late", "b: torn"]

@@ -121,7 +121,7 @@ def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, li
     if len(compared):
         parts += [_tabulated(readable_comparisons(compared), "pipe"), COMPARED]
     if table.excluded:
-        parts += ["Left out:", "\n".join(f"- {entry.path}: {entry.reason}" for entry in table.excluded)]
+        parts += ["Left out:", "\n".join(f"- {line}" for line in left_out(table.excluded))]
     contents: dict[str, str | bytes] = {
         ".md": "\n\n".join(parts) + "\n",
         ".tex": _latex(text),
@@ -133,6 +133,17 @@ def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, li
     for ending, content in contents.items():
         write_atomic(out / f"{layout.key}{ending}", content)
     return _tabulated(text, "simple"), table.excluded
+
+
+def left_out(excluded: list[Excluded]) -> list[str]:
+    """Run folders that could not be used, a line for each reason."""
+    reasons: dict[str, list[Path]] = {}
+    for entry in excluded:
+        reasons.setdefault(entry.reason, []).append(entry.path)
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
+        for reason, paths in reasons.items()
+    ]
 
 
 def _tabulated(frame: pd.DataFrame, form: str) -> str:
