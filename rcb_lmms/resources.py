@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from importlib import metadata
@@ -43,7 +44,9 @@ def source_version() -> dict[str, str | None]:
     return {"package": "rcb_lmms", "version": version, "commit": _git_commit()}
 
 
+@functools.cache
 def _git_commit() -> str | None:
+    # Asked once: what a process writes later, such as golden files, does not change the sources it runs from.
     if not (PACKAGE.parent / ".git").exists():
         return None
     command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]

@@ -397,16 +397,23 @@ def test_a_damaged_or_foreign_golden_file_is_refused(tmp_path, damage, words):
         Golden.read(file)
 
 
-def test_the_shipped_golden_files_fit_their_declaration():
-    path = data_dir("eval_configs") / "regressions" / "lab.yaml"
-    declaration = Declaration.load(path)
-    assert len(declaration.cases) == 6
+@pytest.mark.parametrize(
+    ("name", "cases", "sizes"),
+    [
+        ("lab", 8, {"pope": 24, "mme": 16, "rcb_seed_image": 16}),
+        ("lab_next", 4, {"pope": 18, "rcb_nocaps_val": 8}),
+        ("lab_onevision", 4, {"rcb_muirbench": 18, "rcb_mvbench_moving_direction": 2, "rcb_mvbench_moving_count": 2}),
+    ],
+)
+def test_the_shipped_golden_files_fit_their_declaration(name, cases, sizes):
+    declaration = Declaration.load(data_dir("eval_configs") / "regressions" / f"{name}.yaml")
+    assert len(declaration.cases) == cases
     for case in declaration.cases.values():
         golden = Golden.read(case.golden)
         golden.check_declared(case, observe.compared_arguments(case.model_args))
-        assert golden.names("pope") + golden.names("mme") == [sample.name for sample in golden.samples]
-        assert (len(golden.names("pope")), len(golden.names("mme"))) == (24, 16)
-        assert case.golden.stat().st_size < 40_000
+        assert {task: len(golden.names(task)) for task in sizes} == sizes
+        assert len(golden.samples) == sum(sizes.values())
+        assert case.golden.stat().st_size < 60_000
 
 
 # Tolerances
