@@ -41,15 +41,15 @@ def source_version() -> dict[str, str | None]:
         version = metadata.version("rcb_lmms")
     except metadata.PackageNotFoundError:
         version = None
-    return {"package": "rcb_lmms", "version": version, "commit": _git_commit()}
+    return {"package": "rcb_lmms", "version": version, "commit": _git_commit(PACKAGE.parent)}
 
 
 @functools.cache
-def _git_commit() -> str | None:
+def _git_commit(checkout: Path) -> str | None:
     # Asked once: what a process writes later, such as golden files, does not change the sources it runs from.
-    if not (PACKAGE.parent / ".git").exists():
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
