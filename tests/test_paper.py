@@ -480,6 +480,7 @@ def test_runs_of_single_tasks_are_one_row_of_the_plain_table(tmp_path):
 
 def test_runs_left_out_for_one_reason_take_one_line():
     runs = [
-        Excluded(Path(name), reason) for name, reason in (("a", "late"), ("b", "torn"), ("c", "late"), ("d", "late"))
+        Excluded(Path(name), reason)
+        for name, reason in (("a", "late"), ("b", "torn\n  up"), ("c", "late"), ("d", "late"))
     ]
-    assert left_out(runs) == ["a and 2 more: late", "b: torn"]
+    assert left_out(runs) == ["a and 2 more: late", "b: torn up"]

@@ -139,7 +139,7 @@ def left_out(excluded: list[Excluded]) -> list[str]:
     """Run folders that could not be used, a line for each reason."""
     reasons: dict[str, list[Path]] = {}
     for entry in excluded:
-        reasons.setdefault(entry.reason, []).append(entry.path)
+        reasons.setdefault(" ".join(entry.reason.split()), []).append(entry.path)
     return [
         f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
         for reason, paths in reasons.items()
@@ -197,7 +197,7 @@ def _draw(axes: Any, layout: Layout, frame: pd.DataFrame) -> None:
         axes.plot(removed, printed, label=f"{label}, paper (Table 1)", **hollow)
     axes.axhline(100, color="black", linewidth=1, linestyle=":")
     axes.set_xlabel("visual tokens removed, %")
-    axes.set_ylabel("average of five VQA benchmarks, % of the unpruned model")
+    axes.set_ylabel("average of five VQA benchmarks,\n% of the unpruned model")
     axes.set_title(layout.blocks[0].title)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
