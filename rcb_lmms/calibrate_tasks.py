@@ -78,7 +78,9 @@ def calibrate_tasks(
     needs = method.needs.union(*(baseline.pruner.needs for baseline in _measured(baselines)))
     encoder = ImageEncoder(family, needs, batch_size=BATCH_FRAMES, store_bytes=0, per=per)
     out = out or default_out(pretrained)
-    record = {"made_by": source_version(), "setting": describe(encoder, method), "holdout": holdout}
+    # One process writes the record, and only that one need read every byte of the weights for it.
+    setting = describe(encoder, method) if rank == 0 else {}
+    record = {"made_by": source_version(), "setting": setting, "holdout": holdout}
     found = _records(encoder, method, benchmarks, baselines, holdout)
     record["benchmarks"] = {}
     images = {}

@@ -25,7 +25,7 @@ def always_kept(scores: np.ndarray, parts: np.ndarray, count: int) -> np.ndarray
     They are what `min_keep` keeps under every threshold; lowered, a cut counts them like all others.
     """
     starts = np.cumsum(parts) - parts
-    order = np.lexsort((np.arange(len(scores)), scores, np.repeat(np.arange(len(parts)), parts)))
+    order = np.lexsort((scores, np.repeat(np.arange(len(parts)), parts)))  # stable: equal scores by position
     lowered = np.array(scores, dtype=np.float32)
     lowered[order[np.arange(len(scores)) - np.repeat(starts, parts) < count]] = ALWAYS
     return lowered

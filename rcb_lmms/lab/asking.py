@@ -44,10 +44,8 @@ def first(view, pairs: int, random: np.random.Generator, progress: float) -> lis
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
     if not objects:
         return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
-    weights = KIND_WEIGHTS[medium]
     asked = probe(scene, random) if random.random() < 0.4 else []
-    for kind in random.choice(list(weights), size=pairs, p=list(weights.values())):
-        asked += KINDS_OF_QUESTION[str(kind)](scene, random)
+    asked += _of_kinds(KIND_WEIGHTS[medium], pairs, scene, random)
     if progress > 0.3 and random.random() < 0.12:
         asked += caption(scene, random)
     return [(question, _suffix(question, random)) for question in asked or probe(scene, random)]
@@ -68,15 +66,18 @@ def benchmarks(view, pairs: int, random: np.random.Generator, progress: float) -
     asked = _choices(view, objects, 3, random, prompts.ONE_IMAGE)
     asked += [(_reworded(q, prompts.realworldqa_open), "") for q in open_question(scene, random)]
     loose = probe(scene, random) if random.random() < 0.3 else []
-    weights = KEPT_WEIGHTS[medium]
-    for kind in random.choice(list(weights), size=2, p=list(weights.values())):
-        loose += KINDS_OF_QUESTION[str(kind)](scene, random)
+    loose += _of_kinds(KEPT_WEIGHTS[medium], 2, scene, random)
     loose += caption(scene, random) if random.random() < 0.6 else []
     return asked + [(question, _suffix(question, random)) for question in loose]
 
 
 def _visible(view) -> list:
     return [view.example.objects[index] for index in np.unique(view.owner[view.shown])]
+
+
+def _of_kinds(weights: dict[str, float], pairs: int, scene: Scene, random: np.random.Generator) -> list[Question]:
+    kinds = random.choice(list(weights), size=pairs, p=list(weights.values()))
+    return [question for kind in kinds for question in KINDS_OF_QUESTION[str(kind)](scene, random)]
 
 
 def _reworded(question: Question, wording) -> Question:

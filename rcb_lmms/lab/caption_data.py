@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.lab.image_data import ORGANISATION, Draw
-from rcb_lmms.lab.questions import named_objects, sentence
+from rcb_lmms.lab.questions import enumerated, named_objects, sentence
 from rcb_lmms.lab.scenes import Scene, generator, make_scene
 from rcb_lmms.lab.tree import IMAGE, TEXT, columns, png, write_configurations
 from rcb_lmms.scoring.caption_data import DOMAINS, FLICKR30K_FILE, NOCAPS_FILE
@@ -39,8 +39,7 @@ def references(scene: Scene, count: int) -> list[str]:
     captions = [sentence(names)]
     for frame in _FRAMES[: count - 1]:
         order = [names[index] for index in random.permutation(len(names))]
-        listed = " and ".join([", ".join(order[:-1]), order[-1]] if order[1:] else order)
-        captions.append(frame.format(names=listed, be="is" if order[0].startswith("a ") else "are"))
+        captions.append(frame.format(names=enumerated(order), be="is" if order[0].startswith("a ") else "are"))
     return captions
 
 

@@ -20,9 +20,10 @@ from rcb_lmms.lab.questions import (
 )
 from rcb_lmms.lab.scenes import Scene, generator, make_scene
 from rcb_lmms.lab.tree import IMAGE, columns, png, write_configurations
+from rcb_lmms.scoring.mmbench import ROTATION
+from rcb_lmms.scoring.pope import CATEGORIES as POPE_CATEGORIES
 
 ORGANISATION = "lmms-lab-encoder"
-POPE_CATEGORIES = ("random", "popular", "adversarial")
 # Declared are the subtasks that the shipped model answers: counting, places and digits are below 90%.
 MME_SUBTASKS = ("existence", "color")
 # Kind of question -> MMBench's names for what it asks, the finer first.
@@ -32,8 +33,6 @@ MMBENCH_CATEGORIES = {
     "retrieval": ("image_topic", "coarse_perception"),
     "existence_choice": ("object_localization", "finegrained_perception (instance-level)"),
 }
-# Rotations of question n are numbered n, n + 1000000, n + 2000000, ...
-_ROTATION = 1_000_000
 # How many options questions have at most, in turn; those of existence have two.
 _OPTIONS = (4, 3, 2, 4)
 _SEED_LETTERS = "abcd"
@@ -95,7 +94,7 @@ def write_mmbench(out: Path, split: str, questions: int, draw: Draw = make_scene
         category, ability = MMBENCH_CATEGORIES[choice.kind]
         for turn in range(count):
             options = choice.options[turn:] + choice.options[:turn]
-            row = {"index": number + turn * _ROTATION, "question": choice.text, "hint": "nan"}
+            row = {"index": number + turn * ROTATION, "question": choice.text, "hint": "nan"}
             row |= {letter: option for letter, option in zip("ABCD", (*options, "nan", "nan"), strict=False)}
             row |= {"answer": "ABCD"[(choice.right - turn) % count], "category": category, "L2-category": ability}
             rows.append(row | {"source": "laboratory", "comment": "nan", "split": "dev", "image": image})

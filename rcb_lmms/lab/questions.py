@@ -195,9 +195,14 @@ def named_objects(scene: Scene) -> list[str]:
     ]
 
 
+def enumerated(names: Sequence[str]) -> str:
+    """Names one after the other: "a blue ring, a red circle and a white star"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
 def sentence(names: Sequence[str]) -> str:
     """Names as an enumeration: "A blue ring, a red circle and a white star."."""
-    text = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    text = enumerated(names)
     return f"{text[0].upper()}{text[1:]}."
 
 
