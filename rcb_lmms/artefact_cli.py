@@ -72,7 +72,7 @@ def checkpoint_convert(
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
 ) -> None:
     """Write an original checkpoint in Hugging Face's layout, shard by shard. Entries load the original as well."""
-    from rcb_lmms.checkpoints import convert, open_original
+    from rcb_lmms.families.original import convert, open_original
 
     original = open_original(source)
     for file in convert(original, out, dtype):

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rcb_lmms.checkpoints import convert, find_original, open_original
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import family_of, load_family
+from rcb_lmms.families.original import convert, find_original, open_original
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 TOWER_NAMES = {"llava": "tiny-clip", "llava_next": "tiny-clip", "llava_onevision": "tiny-siglip"}
@@ -428,7 +428,7 @@ def test_a_tokenizer_that_is_cut_off(save):
 def test_the_converted_folder_is_the_loaded_checkpoint(save, tmp_path, name, monkeypatch):
     from transformers import AutoModelForImageTextToText
 
-    monkeypatch.setattr("rcb_lmms.checkpoints.conversion.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("rcb_lmms.families.original.conversion.SHARD_BYTES", 20_000)
     folder = save(name, tower="inside", form="bin")
     files = convert(open_original(str(folder)), tmp_path / "out")
     shards = [file for file in files if file.suffix == ".safetensors"]
@@ -457,7 +457,7 @@ def test_the_converted_folder_is_the_loaded_checkpoint(save, tmp_path, name, mon
 def test_an_interrupted_conversion_leaves_nothing_and_starts_over(save, tmp_path, monkeypatch):
     import safetensors.torch
 
-    monkeypatch.setattr("rcb_lmms.checkpoints.conversion.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("rcb_lmms.families.original.conversion.SHARD_BYTES", 20_000)
     written, save_file = [], safetensors.torch.save_file
 
     def dying(tensors, file, **options):
@@ -515,7 +515,7 @@ def test_the_command(save, tmp_path):
 
 MEASURE = """
 import os, re, sys, torch
-from rcb_lmms.checkpoints import load_original, open_original
+from rcb_lmms.families.original import load_original, open_original
 
 def status_bytes(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -12,7 +12,7 @@ from rcb_lmms.families.packed import PackedImage, Prompt
 from rcb_lmms.families.video import VideoReader
 
 if TYPE_CHECKING:
-    from rcb_lmms.checkpoints import Original
+    from rcb_lmms.families.original import Original
 
 __all__ = ["FAMILIES", "Family", "PackedImage", "Prompt", "family_class", "load_family"]
 
@@ -89,7 +89,7 @@ def load_family(
     reader = VideoReader(video_backend, max_frames_num)
     loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
     if original:
-        from rcb_lmms.checkpoints import load_original
+        from rcb_lmms.families.original import load_original
 
         model, processor = load_original(original, device=device, **loading)
     else:
@@ -131,7 +131,7 @@ def _recognise(
     path: str, options: dict[str, str], pretrained: str, expected: str | None
 ) -> tuple[type[Family], Original | None]:
     """Family of a checkpoint, and the checkpoint itself if it is in the original layout."""
-    from rcb_lmms.checkpoints import find_original
+    from rcb_lmms.families.original import find_original
 
     original = find_original(path, **options)
     if original:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rcb_lmms.checkpoints.layout import ARCHITECTURES, Original, pinpoints
+from rcb_lmms.families.original.layout import ARCHITECTURES, Original, pinpoints
 
 PLACEHOLDERS = {"llava": ("image",), "llava_next": ("image",), "llava_onevision": ("image", "video")}
 

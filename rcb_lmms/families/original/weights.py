@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.checkpoints.layout import Original, Source
 from rcb_lmms.errors import UserError
+from rcb_lmms.families.original.layout import Original, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
