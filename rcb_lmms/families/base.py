@@ -10,6 +10,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.families.packed import PackedImage, Prompt, Rows
 from rcb_lmms.families.sizes import Size
+from rcb_lmms.families.templates import TEMPLATES
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Family(ABC):
         checkpoint: the public checkpoint an entry means when it names none.
         codebook: id of the codebook released for that checkpoint.
         preprocessing: names of the presets, the paper's first.
+        paper_template: name of the chat template of the paper's numbers; `checkpoint`, the checkpoint's own, is the
+            other choice.
         geometry: preset -> where a base view lies on the image: `centre_crop`, `padded_square` or `stretched`.
         options: keyword arguments of the class that only this family has; they are model_args of its entries.
         provides: optional fields of `VisualTokens` its tower can fill in.
@@ -46,7 +49,7 @@ class Family(ABC):
     codebook: ClassVar[str]
     preprocessing: ClassVar[tuple[str, ...]]
     geometry: ClassVar[dict[str, str]]
-    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None}
+    paper_template: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
     several: ClassVar[str] = "image"
@@ -72,7 +75,7 @@ class Family(ABC):
         self.pretrained, self.fingerprint = pretrained, fingerprint
         self.revision = getattr(model.config, "_commit_hash", None)
         self.preprocess = choose("preprocess", preprocess or self.preprocessing[0], self.preprocessing)
-        self.template = choose("template", template, self.templates)
+        self.template = choose("template", template, ("checkpoint", self.paper_template))
 
     @property
     def device(self) -> Any:
@@ -191,7 +194,7 @@ class Family(ABC):
         Args:
             messages: Hugging Face chat messages; `{"type": "image"}` items mark where images stand.
         """
-        options = {"chat_template": template} if (template := self.templates[self.template]) else {}
+        options = {} if self.template == "checkpoint" else {"chat_template": TEMPLATES[self.template]}
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
         bos = self.tokenizer.bos_token
         # Templates that write the BOS token themselves would get a second one from the tokenizer.

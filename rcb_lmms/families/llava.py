@@ -13,16 +13,6 @@ from rcb_lmms.pruners.base import VisualTokens
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The system prompt of the original code base, which the public checkpoint's own template leaves out.
-VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions."
-    "{% for message in messages %}{{ ' USER: ' if message.role == 'user' else ' ASSISTANT: ' }}"
-    "{% for item in message.content %}{{ '<image>\n' if item.type == 'image' else item.text }}{% endfor %}"
-    "{% if message.role == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-
 
 class Llava(ClipFamily):
     """LLaVA-1.5.
@@ -37,7 +27,7 @@ class Llava(ClipFamily):
     codebook = "llava-1.5-7b"
     preprocessing = ("rcb", "pad")
     geometry: ClassVar[dict[str, str]] = {"rcb": "centre_crop", "pad": "padded_square"}
-    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "vicuna": VICUNA}
+    paper_template = "vicuna"
 
     def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
         import torch

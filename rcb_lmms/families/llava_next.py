@@ -30,18 +30,6 @@ from rcb_lmms.pruners.base import VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The system prompt of the original code base, in the Llama-3 format.
-LLAMA_3 = (
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language.<|eot_id|>"
-    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{% set content %}{% for item in message.content %}"
-    "{{ '<image>\n' if item.type == 'image' else item.text }}"
-    "{% endfor %}{% endset %}{{ content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-
 
 class LlavaNext(ClipFamily):
     """LLaVA-NeXT.
@@ -64,7 +52,7 @@ class LlavaNext(ClipFamily):
     codebook = "llava-next-llama3-8b"
     preprocessing = ("rcb", "native")
     geometry: ClassVar[dict[str, str]] = dict.fromkeys(preprocessing, "stretched")
-    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "llama_3": LLAMA_3}
+    paper_template = "llama_3"
     options = ("split", "pack")
     single_repeats = 24
     pad_token_id = 0  # "!" in Llama-3's vocabulary, and still the row that the released experiments used

@@ -29,15 +29,6 @@ from rcb_lmms.pruners.base import VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The prompt of the original code base (`qwen_1_5`); the public checkpoint's own template has no system prompt.
-CHATML = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% for item in message.content %}"
-    "{{ item.text if item.type == 'text' else '<' + item.type + '>\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 class LlavaOnevision(Family):
     """LLaVA-OneVision.
@@ -64,7 +55,7 @@ class LlavaOnevision(Family):
     codebook = "llava-onevision-qwen2-7b"
     preprocessing = ("rcb", "native")
     geometry: ClassVar[dict[str, str]] = {"rcb": "stretched", "native": "padded_square"}
-    templates: ClassVar[dict[str, str | None]] = {"checkpoint": None, "qwen": CHATML}
+    paper_template = "qwen"
     options = ("split", "pack")
     several = "base"
     single_repeats = 27

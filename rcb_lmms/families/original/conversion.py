@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.families import DTYPES
 from rcb_lmms.families.base import choose
 from rcb_lmms.families.original.layout import Original, model_config
 from rcb_lmms.families.original.processors import end_of_turn, load_tokenizer, make_processor, placeholder_ids
 from rcb_lmms.families.original.weights import TABLES, Stored, placed, read, stored_weights
+from rcb_lmms.families.weights import DTYPES, check_finite
 from rcb_lmms.files import unwritable
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def _write_shards(original: Original, model: Any, stored: list[Stored], folder: 
             item.target: placed(original, item.target, tensor, torch.empty(shapes[item.target], dtype=dtype))
             for item, tensor in read(group)
         }
+        check_finite(shard.items(), original.source.path)
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": sum(sizes_bytes[name] for name in weight_map)}, "weight_map": weight_map}

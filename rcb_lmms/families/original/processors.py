@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from rcb_lmms.families.original.layout import ARCHITECTURES, Original, pinpoints
+from rcb_lmms.families.templates import CHATML, LLAMA_3, VICUNA
 
 PLACEHOLDERS = {"llava": ("image",), "llava_next": ("image",), "llava_onevision": ("image", "video")}
 
-# Token that ends an assistant's turn and tells which prompt a language model was tuned on: see `chat_template`.
-VICUNA, LLAMA_3, CHATML = "</s>", "<|eot_id|>", "<|im_end|>"
+# The token that ends an assistant's turn tells which prompt a language model was tuned on: vicuna_v1, llava_llama_3 or
+# qwen_1_5 of the original code.
+PROMPTS = {"<|eot_id|>": LLAMA_3, "<|im_end|>": CHATML, "</s>": VICUNA}
 
 
 def load_tokenizer(original: Original) -> Any:
@@ -53,15 +55,7 @@ def placeholder_ids(original: Original, tokenizer: Any) -> dict[str, int]:
 
 def end_of_turn(tokenizer: Any) -> str:
     """The token with which answers end."""
-    return next((mark for mark in (LLAMA_3, CHATML) if mark in tokenizer.get_vocab()), VICUNA)
-
-
-def chat_template(tokenizer: Any) -> str:
-    """The original code's prompt for the language model: vicuna_v1, llava_llama_3 or qwen_1_5."""
-    from rcb_lmms.families import llava, llava_next, llava_onevision
-
-    templates = {VICUNA: llava.VICUNA, LLAMA_3: llava_next.LLAMA_3, CHATML: llava_onevision.CHATML}
-    return templates[end_of_turn(tokenizer)]
+    return next(mark for mark in PROMPTS if mark in tokenizer.get_vocab() or mark == "</s>")
 
 
 def make_processor(original: Original, tokenizer: Any) -> Any:
@@ -71,7 +65,7 @@ def make_processor(original: Original, tokenizer: Any) -> Any:
     side = original.tower.image_size
     square = {"height": side, "width": side}
     patches = (side // original.tower.patch_size) ** 2
-    common = {"tokenizer": tokenizer, "chat_template": chat_template(tokenizer)}
+    common = {"tokenizer": tokenizer, "chat_template": PROMPTS[end_of_turn(tokenizer)]}
     if original.family == "llava_onevision":
         # The original's own constants: whatever the tower's folder says, and not Hugging Face's, which are CLIP's.
         pixels = {"size": square, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -1,0 +1,201 @@
+"""How a checkpoint finds its family and becomes a model, in either layout, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.families.base import Family, choose
+from rcb_lmms.families.original import Original, find_original, load_original
+from rcb_lmms.families.registry import FAMILIES, default_template, family_class
+from rcb_lmms.families.video import VideoReader
+from rcb_lmms.families.weights import DTYPES, check_finite, check_report
+
+
+def family_of(pretrained: str) -> str:
+    """Name of a checkpoint's family, read from its configuration alone.
+
+    Raises:
+        UserError: no such checkpoint, or one of another architecture.
+    """
+    return _recognise(_locate(pretrained, "llava"), None)[0].name
+
+
+def load_family(
+    pretrained: str,
+    *,
+    family: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    preprocess: str | None = None,
+    template: str | None = None,
+    video_backend: str = "pyav",
+    max_frames_num: int = 16,
+    **own: Any,
+) -> Family:
+    """Load a checkpoint as its family.
+
+    Args:
+        pretrained: `lab` (of the expected family, or `lab:FAMILY`), a folder, or a Hugging Face id, `id@revision` to
+            pin one; Hugging Face's layout or that of the original `llava` package.
+        family: the family the caller expects; `None` takes what the checkpoint is.
+        device: torch device; by default `cuda` if there is one.
+        attn_implementation: of the language model and the tower; no method needs `eager`.
+        preprocess: one of the family's presets, by default the paper's.
+        template: `checkpoint`, or the family's `paper_template`; by default see `default_template`.
+        dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
+        video_backend: what reads video files: `pyav`, `decord` or `torchcodec`.
+        max_frames_num: frames of a video.
+        own: options that only this family has (`Family.options`).
+
+    Raises:
+        UserError: no such checkpoint, another architecture, weights that are not whole, or an unknown choice.
+    """
+    import torch
+
+    place = _locate(pretrained, family or "llava")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, original = _recognise(place, family)
+    _check_options(chosen, own)
+    reader = VideoReader(video_backend, max_frames_num)
+    loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
+    if original:
+        model, processor = load_original(original, device=device, **loading)
+    else:
+        model, processor = _load_converted(place, device, loading)
+    check_finite(model.state_dict().items(), pretrained)
+    loaded = chosen(
+        model.eval().to(device),
+        processor,
+        pretrained=pretrained,
+        fingerprint=_fingerprint(place.path, model.config),
+        preprocess=preprocess,
+        template=template or default_template(chosen.name, pretrained),
+        **own,
+    )
+    loaded.reader = reader
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What somebody called a checkpoint, and the folder or hub id it stands for, with options of loading."""
+
+    name: str
+    path: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def _locate(pretrained: str, family: str) -> _Place:
+    name, _, own = pretrained.partition(":")
+    if name == "lab":
+        from rcb_lmms.lab.checkpoint import lab_checkpoint
+
+        return _Place(pretrained, str(lab_checkpoint(own or family)))
+    if Path(pretrained).is_dir():
+        return _Place(pretrained, pretrained)
+    path, _, revision = pretrained.partition("@")
+    return _Place(pretrained, path, {"revision": revision} if revision else {})
+
+
+def _recognise(place: _Place, expected: str | None) -> tuple[type[Family], Original | None]:
+    """Family of a checkpoint, and the checkpoint itself if it is in the original layout."""
+    from transformers import AutoConfig
+
+    original = find_original(place.path, **place.options)
+    if original:
+        model_type = family_class(original.family).model_type
+    else:
+        with _told(place):
+            model_type = AutoConfig.from_pretrained(place.path, **place.options).model_type
+    known = {family_class(name).model_type: family_class(name) for name in FAMILIES}
+    found = known.get(model_type)
+    if found is None or (expected and found.name != expected):
+        raise UserError(
+            wanted=f"a {expected or ' or '.join(FAMILIES)} model from {place.name}",
+            found=f"a checkpoint of type {model_type}",
+            allowed=", ".join(known),
+            next_step=f"use the {found.name}_* entries for it" if found else "name another checkpoint: pretrained=...",
+        )
+    return found, original
+
+
+def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint in Hugging Face's layout."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    if device == "cpu":
+        transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    # What transformers would warn of ends the load below, in one message.
+    transformers_logging.set_verbosity_error()
+    try:
+        with _told(place):
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                place.path, output_loading_info=True, ignore_mismatched_sizes=True, **loading, **place.options
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    check_report(report, model.config, place.name)
+    with _told(place):
+        # A backend named here would be asked of the video processor too, which has torchvision's only.
+        processor = AutoProcessor.from_pretrained(place.path, **place.options)
+        # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
+        processor.image_processor = AutoImageProcessor.from_pretrained(place.path, backend="pil", **place.options)
+    return model, processor
+
+
+@contextlib.contextmanager
+def _told(place: _Place) -> Iterator[None]:
+    """Whatever transformers raises over the files of a checkpoint becomes a `UserError`; memory errors stay."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            wanted=f"load {place.name}",
+            found=" ".join(str(error).split())[:300] or type(error).__name__,
+            allowed="lab, a folder with config.json and weights, or a Hugging Face id (id@revision)",
+            next_step="complete the folder"
+            if Path(place.name).exists()
+            else f"hf download {place.path}, or pretrained=lab",
+        ) from error
+
+
+def _check_options(family: type[Family], own: dict[str, Any]) -> None:
+    if unknown := sorted(set(own) - set(family.options)):
+        raise UserError(
+            wanted=f"{family.name} with {', '.join(unknown)}",
+            found="options this family does not have",
+            allowed=", ".join(family.options) or f"no options: {family.name} sees every image in one view",
+            next_step=f"leave out {', '.join(unknown)}",
+        )
+
+
+def _dtype(name: str, device: str) -> Any:
+    import torch
+
+    if choose("dtype", name, DTYPES) == "auto":
+        name = "float32" if device == "cpu" else "float16"
+    return getattr(torch, name)
+
+
+def _fingerprint(path: str, config: Any) -> str:
+    """Names the weights without reading gigabytes: a hub commit, or the files' names, sizes and times."""
+    import hashlib
+
+    if commit := getattr(config, "_commit_hash", None):
+        return commit
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
