@@ -22,12 +22,12 @@ import time
 import torch
 
 from rcb_lmms.budget import Budget
-from rcb_lmms.calibrate_tasks import load_benchmarks
+from rcb_lmms.calibration.matching import MEASURED, match_benchmark, parse_baselines
+from rcb_lmms.calibration.passes import BATCH_FRAMES, Documents, score_documents
+from rcb_lmms.calibration.tasks import load_benchmarks
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.families import default_codebook, load_family
 from rcb_lmms.families.images import whole_images_only
-from rcb_lmms.matching import MEASURED, match_benchmark, parse_baselines
-from rcb_lmms.models.documents import BATCH_FRAMES, Documents, score_documents
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.runs import make_task_manager
 

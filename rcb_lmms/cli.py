@@ -120,8 +120,8 @@ def calibrate(
         from rcb_lmms.local_videos import use_local_videos
 
         use_local_videos()  # before lmms-eval is imported
-        from rcb_lmms.calibrate_tasks import calibrate_tasks
-        from rcb_lmms.matching import for_terminal
+        from rcb_lmms.calibration.matching import for_terminal
+        from rcb_lmms.calibration.tasks import calibrate_tasks
 
         file, record = calibrate_tasks(
             model, tasks.split(","), match or "prumerge", holdout=holdout, per=per, out=out, **loading
@@ -130,7 +130,7 @@ def calibrate(
             typer.echo(for_terminal(record))
             typer.echo(f"wrote {file}")
         return
-    from rcb_lmms.calibrate_images import calibrate_images
+    from rcb_lmms.calibration.images import calibrate_images
 
     record = calibrate_images(model, find_images(images), keep=keep, match=match, **loading)
     for name, value in record.items():

@@ -195,7 +195,7 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
 
 def _pruner(step: Step, runs: Path) -> Pruner:
     """The method as the run had it, fitted to the run's POPE."""
-    from rcb_lmms.calibrate import with_parameters
+    from rcb_lmms.calibration.fitting import with_parameters
     from rcb_lmms.models.arguments import resolve
     from rcb_lmms.runs import read_record
 

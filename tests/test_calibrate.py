@@ -19,20 +19,20 @@ import tiny_onevision
 import torch
 import yaml
 
-from rcb_lmms import Codebook, calibrate, matching, score_files
+from rcb_lmms import Codebook
 from rcb_lmms.budget import Budget
-from rcb_lmms.calibrate_tasks import calibrate_tasks
+from rcb_lmms.calibration import fitting, matching, passes, score_files
+from rcb_lmms.calibration.cuts import Chunk, Cut, find_cuts
+from rcb_lmms.calibration.matching import Baseline, fit_many, held_out
+from rcb_lmms.calibration.passes import Documents, score_documents
+from rcb_lmms.calibration.score_files import ImageScores, ScoredImages, ScoreFiles
+from rcb_lmms.calibration.tasks import calibrate_tasks
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.matching import Baseline, fit_many, held_out
-from rcb_lmms.models import documents as passes
-from rcb_lmms.models.documents import Documents, score_documents
 from rcb_lmms.models.questions import Question
 from rcb_lmms.pruners import make_pruner
-from rcb_lmms.score_files import ImageScores, ScoredImages, ScoreFiles
-from rcb_lmms.thresholds import Chunk, Cut, find_cuts
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.
 SIZES = ((112, 56), (56, 112), (112, 112))
@@ -253,13 +253,13 @@ def test_scores_on_disk_give_what_scores_in_memory_give(
     shown = {visual.key: visual for own in SHOWN for visual in visuals_of(own)}
     weights = Counter(visual.key for own in SHOWN for visual in visuals_of(own))
     encoder = ImageEncoder(load_family(next_checkpoint), baselines["prumerge"].needs, per=per)
-    scores = calibrate.score_pass(encoder, {"rcb": method}, baselines, shown.values(), weights)
-    data = calibrate.data_hash(weights)
+    scores = fitting.score_pass(encoder, {"rcb": method}, baselines, shown.values(), weights)
+    data = fitting.data_hash(weights)
     assert setting["benchmarks"]["one"]["data_hash"] == data
     for name, row in setting["benchmarks"]["one"]["baselines"].items():
         if name in baselines:
             assert row["tokens"]["target"] == pytest.approx(scores.baseline(name))
-        _, truth = calibrate.fit(method, scores, "rcb", row["tokens"]["target"], data)
+        _, truth = fitting.fit(method, scores, "rcb", row["tokens"]["target"], data)
         assert truth.fitted == {"threshold": row["tokens"]["threshold"], "ties": row["tokens"]["ties"]}
         assert truth.achieved == pytest.approx(row["tokens"]["achieved"])
         assert truth.std == pytest.approx(row["tokens"]["std"])
@@ -306,7 +306,7 @@ def test_a_file_of_thresholds_keeps_what_a_calibration_in_the_run_keeps(
 ):
     calibrated()
     by_itself, expected = ask(**budget)
-    monkeypatch.setattr(calibrate, "score_pass", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(fitting, "score_pass", lambda *_: pytest.fail("calibrated"))
     copy = shutil.copytree(next_checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)
     run, found = ask(**budget, thresholds=str(tmp_path / "thresholds.yaml"), pretrained=str(copy))
     assert found == expected
@@ -657,7 +657,7 @@ def test_data_that_is_not_there(calibrated, manager, tasks):
     (tasks / "gone.yaml").write_text(TASK.format(name="gone", file=tasks / "gone.parquet"))
     from lmms_eval.tasks import TaskManager
 
-    from rcb_lmms.calibrate_tasks import load_benchmarks
+    from rcb_lmms.calibration.tasks import load_benchmarks
 
     with pytest.raises(UserError, match="the data of task gone"):
         load_benchmarks(["gone"], TaskManager("ERROR", include_path=str(tasks), include_defaults=False))

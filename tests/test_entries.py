@@ -16,8 +16,8 @@ import tiny_next
 import tiny_onevision
 import torch
 
-from rcb_lmms import calibrate
 from rcb_lmms.budget import Budget
+from rcb_lmms.calibration import fitting
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.selection import select
 from rcb_lmms.errors import UserError
@@ -491,7 +491,7 @@ def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents, mo
 
     assert [cached(), cached()] == [False, True]
     assert not any(cached(**other) for other in ({"per": "image"}, {"split": False}, {"max_frames_num": 3}))
-    monkeypatch.setattr(calibrate, "RULE", 0)
+    monkeypatch.setattr(fitting, "RULE", 0)
     assert not cached()
 
 

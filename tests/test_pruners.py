@@ -19,7 +19,7 @@ from rcb_lmms.engine.selection import select
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import PRUNERS, VisualTokens, make_pruner
 from rcb_lmms.pruners.prumerge import cls_attention_from, count_outliers
-from rcb_lmms.thresholds import ALWAYS
+from rcb_lmms.pruners.rcb import ALWAYS
 
 WIDTH, ENCODER = 12, 10
 MERGING = {"prumerge", "prumerge_plus"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.calibration.threshold_file import ThresholdFile
 from rcb_lmms.engine.selection import PER
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, family_class
@@ -15,7 +16,6 @@ from rcb_lmms.families.base import choose
 from rcb_lmms.families.tiles import PACKINGS
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
-from rcb_lmms.models.threshold_file import ThresholdFile
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 

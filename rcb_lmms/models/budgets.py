@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rcb_lmms import calibrate
+from rcb_lmms.calibration import fitting
 from rcb_lmms.errors import UserError
 from rcb_lmms.models.arguments import VIDEO
 from rcb_lmms.models.processes import gather
@@ -24,7 +24,7 @@ ENCODING = ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype
 
 def calibrate_requests(
     model: PrunedModel, task: str, questions: list[Question], target: Target
-) -> tuple[Pruner, calibrate.Calibration, bool]:
+) -> tuple[Pruner, fitting.Calibration, bool]:
     """Fit the entry's method to a task's requests; every process gets the same result.
 
     Returns:
@@ -46,10 +46,10 @@ def calibrate_requests(
             allowed="tasks over images or videos",
             next_step="check the task's data with the unpruned entry, which says what is wrong with each sample",
         )
-    data = calibrate.data_hash(every)
+    data = fitting.data_hash(every)
     if file is not None:
         record = file.calibration(task, target, data, float(sum(every.values())))
-        return calibrate.with_parameters(pruner, record.fitted), record, True
+        return fitting.with_parameters(pruner, record.fitted), record, True
     identity = {
         "task": task,
         "data": data,
@@ -57,18 +57,18 @@ def calibrate_requests(
         "pruner": model.run.resolved["pruner"],
         **{name: model.run.resolved[name] for name in (*ENCODING, *model.family.options)},
     }
-    if all(gather((record := calibrate.cached(identity)) is not None)):
-        return calibrate.with_parameters(pruner, record.fitted), record, True
+    if all(gather((record := fitting.cached(identity)) is not None)):
+        return fitting.with_parameters(pruner, record.fitted), record, True
     baselines = {} if target.baseline is None else {"baseline": target.baseline}
-    scores = calibrate.score_pass(model.encoder, {"method": pruner}, baselines, _visuals(model, own, keys), weights)
-    scores = calibrate.ScorePass(per=scores.per).merge(gather(scores))
+    scores = fitting.score_pass(model.encoder, {"method": pruner}, baselines, _visuals(model, own, keys), weights)
+    scores = fitting.ScorePass(per=scores.per).merge(gather(scores))
     if target.baseline is not None:
         tokens = scores.baseline("baseline")
     else:
         tokens = target.tokens if target.tokens is not None else target.ratio * scores.mean(scores.natives)
-    fitted, record = calibrate.fit(pruner, scores, "method", tokens, data)
+    fitted, record = fitting.fit(pruner, scores, "method", tokens, data)
     if model.rank == 0:
-        calibrate.remember(identity, record)
+        fitting.remember(identity, record)
     return fitted, record, False
 
 

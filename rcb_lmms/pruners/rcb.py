@@ -13,9 +13,12 @@ from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
+# The least that a redundancy can be, a cosine or a product of shares.
+ALWAYS = -1.0
 TILE = 1 << 22  # similarities in memory at a time: 16 MiB in float32
 
 
@@ -122,8 +125,6 @@ class RCB(Pruner):
         """
         import numpy as np
 
-        from rcb_lmms.thresholds import always_kept
-
         parts = np.array([len(view) for view in evidence])
         scores = np.concatenate([np.asarray(view, dtype=np.float32) for view in evidence])
         scores = always_kept(scores, parts, self.min_keep)
@@ -167,3 +168,17 @@ def check_target(target: float, native: float, over: str) -> None:
             allowed=f"means above 0, up to {native:.6g}",
             next_step=f"lower the budget to {native:.6g} or less" if target > 0 else "use a positive budget",
         )
+
+
+def always_kept(scores: np.ndarray, parts: np.ndarray, count: int) -> np.ndarray:
+    """Scores `(t,)` of which the `count` least of each part, by score, then position, are lowered to `ALWAYS`.
+
+    They are what `min_keep` keeps under every threshold; lowered, a cut counts them like all others.
+    """
+    import numpy as np
+
+    starts = np.cumsum(parts) - parts
+    order = np.lexsort((scores, np.repeat(np.arange(len(parts)), parts)))  # stable: equal scores by position
+    lowered = np.array(scores, dtype=np.float32)
+    lowered[order[np.arange(len(scores)) - np.repeat(starts, parts) < count]] = ALWAYS
+    return lowered

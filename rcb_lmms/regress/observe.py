@@ -143,7 +143,7 @@ def _refuse_failures(case: Case, run: RunRecord) -> None:
 
 
 def _fitted(model: PrunedModel, run: RunRecord, task: str) -> Pruner:
-    from rcb_lmms.calibrate import with_parameters
+    from rcb_lmms.calibration.fitting import with_parameters
 
     calibration = run.calibrations.get(task)
     return with_parameters(model.settings.pruner, calibration["fitted"]) if calibration else model.settings.pruner

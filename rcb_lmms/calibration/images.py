@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.calibrate import data_hash, fit, score_pass
+from rcb_lmms.calibration.fitting import data_hash, fit, score_pass
 from rcb_lmms.engine.encoding import ImageEncoder
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.calibrate import Calibration
+from rcb_lmms.calibration.fitting import Calibration
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import sha256_of
 
@@ -67,7 +67,7 @@ class ThresholdFile:
         Raises:
             UserError: naming what differs.
         """
-        from rcb_lmms.calibrate_tasks import pass_identity
+        from rcb_lmms.calibration.tasks import pass_identity
         from rcb_lmms.families.identity import weights_hash
 
         now = {**pass_identity(encoder, pruner, {}), "min_keep": pruner.min_keep}

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.calibration.matching import Baseline, default_out, match_benchmark, match_globally, parse_baselines
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
-from rcb_lmms.matching import Baseline, default_out, match_benchmark, match_globally, parse_baselines
 from rcb_lmms.resources import source_version
 
 if TYPE_CHECKING:
+    from rcb_lmms.calibration.passes import TaskScores
     from rcb_lmms.engine.encoding import ImageEncoder
-    from rcb_lmms.models.documents import TaskScores
     from rcb_lmms.pruners.rcb import RCB
 
 
@@ -56,12 +56,12 @@ def calibrate_tasks(
         UserError: an unknown task, baseline or option, a missing codebook, a task without readable images, a budget
             that the images cannot meet.
     """
+    from rcb_lmms.calibration.passes import BATCH_FRAMES
     from rcb_lmms.engine.encoding import ImageEncoder
     from rcb_lmms.engine.selection import PER
     from rcb_lmms.families import default_codebook, family_of, load_family
     from rcb_lmms.families.base import choose
     from rcb_lmms.models import entry_id
-    from rcb_lmms.models.documents import BATCH_FRAMES
     from rcb_lmms.models.processes import join_processes
     from rcb_lmms.pruners import make_pruner
     from rcb_lmms.runs import make_task_manager
@@ -102,7 +102,7 @@ def _records(
     holdout: float | None,
 ) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Per benchmark its name, its record and the images that its thresholds were fitted to."""
-    from rcb_lmms.models.documents import Documents, score_documents
+    from rcb_lmms.calibration.passes import Documents, score_documents
 
     counted = {baseline.name: baseline.pruner for baseline in _measured(baselines)}
     identity = pass_identity(encoder, method, counted)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rcb_lmms.calibration.cuts import Chunk
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import append_jsonl, read_jsonl, unwritable
-from rcb_lmms.thresholds import Chunk
 
 CHUNK_TOKENS = 1 << 20
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rcb_lmms.budget import Budget, layer_average, rank_for_layer_average
-from rcb_lmms.calibrate import data_hash
+from rcb_lmms.calibration.cuts import Cut, find_cuts
+from rcb_lmms.calibration.fitting import data_hash
+from rcb_lmms.calibration.score_files import ScoredImages
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner
 from rcb_lmms.pruners.rcb import check_target
-from rcb_lmms.score_files import ScoredImages
-from rcb_lmms.thresholds import Cut, find_cuts
 
 if TYPE_CHECKING:
-    from rcb_lmms.models.documents import TaskScores
+    from rcb_lmms.calibration.passes import TaskScores
 
 MEASURED = ("prumerge", "prumerge_plus")
 CONVENTIONS = ("tokens", "layer_average")
@@ -135,7 +135,7 @@ class Fit:
 
 
 def fit_many(images: ScoredImages, targets: Sequence[float], min_keep: int) -> list[Fit]:
-    """For each target the threshold whose mean is nearest to it, as `rcb_lmms.calibrate.fit` has it in memory."""
+    """For each target the threshold whose mean is nearest to it, as `fitting.fit` has it in memory."""
     cuts = find_cuts(images.chunks, [target * images.spent for target in targets], min_keep)
     spreads = distributions(images, cuts, min_keep)
     return [

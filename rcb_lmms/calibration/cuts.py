@@ -11,24 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rcb_lmms.pruners.rcb import always_kept
+
 DIGITS = 1 << 16
 SHIFTS = (48, 32, 16, 0)  # of the digits of a key: a score in the upper half, a position in the lower
-
-
-# The least that a redundancy can be, a cosine or a product of shares.
-ALWAYS = -1.0
-
-
-def always_kept(scores: np.ndarray, parts: np.ndarray, count: int) -> np.ndarray:
-    """Scores `(t,)` of which the `count` least of each part, by score, then position, are lowered to `ALWAYS`.
-
-    They are what `min_keep` keeps under every threshold; lowered, a cut counts them like all others.
-    """
-    starts = np.cumsum(parts) - parts
-    order = np.lexsort((scores, np.repeat(np.arange(len(parts)), parts)))  # stable: equal scores by position
-    lowered = np.array(scores, dtype=np.float32)
-    lowered[order[np.arange(len(scores)) - np.repeat(starts, parts) < count]] = ALWAYS
-    return lowered
 
 
 @dataclass(frozen=True)
