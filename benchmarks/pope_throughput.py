@@ -48,7 +48,7 @@ def literal(family, pruner, asked) -> list[str]:
     for image, text in asked:
         for _ in range(2):
             ((view,),) = family.encode([family.open(image)], pruner.needs)
-            packed = family.pack_selected([view], [pruner.select(view)])
+            packed = family.pack_selected([view], [pruner.choose(view)])
         answers += generate(family, [family.embed(family.prompt(text), [packed])], OPTIONS).texts
     return answers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import BudgetError, UserError
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Budget:
         else:
             raise _bad("a fixed number of retained tokens", self, "a count or a ratio", "keep=64 or ratio=0.25")
         if not 1 <= count <= native:
-            raise UserError(
+            raise BudgetError(
                 wanted=f"{count} retained tokens ({self})",
                 found=f"a view of {native} visual tokens",
                 allowed=f"1 to {native} tokens per view",
@@ -119,5 +119,5 @@ def rank_for_layer_average(target: float, native: float, layer: int, layers: int
     return round(rank)
 
 
-def _bad(wanted: str, found: object, allowed: str, next_step: str) -> UserError:
-    return UserError(wanted=wanted, found=str(found), allowed=allowed, next_step=next_step)
+def _bad(wanted: str, found: object, allowed: str, next_step: str) -> BudgetError:
+    return BudgetError(wanted=wanted, found=str(found), allowed=allowed, next_step=next_step)

@@ -26,11 +26,15 @@ class UserError(Exception):
 
     def __reduce__(self):
         # Exceptions with keyword-only arguments do not survive a process boundary without this.
-        return _rebuild, (self.wanted, self.found, self.allowed, self.next_step)
+        return _rebuild, (type(self), self.wanted, self.found, self.allowed, self.next_step)
 
 
-def _rebuild(wanted: str, found: str, allowed: str, next_step: str) -> UserError:
-    return UserError(wanted=wanted, found=found, allowed=allowed, next_step=next_step)
+def _rebuild(kind: type[UserError], wanted: str, found: str, allowed: str, next_step: str) -> UserError:
+    return kind(wanted=wanted, found=found, allowed=allowed, next_step=next_step)
+
+
+class BudgetError(UserError):
+    """A budget that cannot be met, or a method that broke its own: it ends the run instead of failing one sample."""
 
 
 # Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;

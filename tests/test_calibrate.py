@@ -195,7 +195,7 @@ def by_hand(next_checkpoint, codebook_file):
                 (views,) = family.encode([visual], baselines["prumerge"].needs)
                 tokens = [torch.nn.functional.normalize(view.features.double()) for view in views]
                 scores = [(own @ prototypes.T).amax(1).numpy() for own in tokens]
-                counts = {name: sum(len(own.select(view)) for view in views) for name, own in baselines.items()}
+                counts = {name: sum(len(own.choose(view)) for view in views) for name, own in baselines.items()}
                 found[visual.key] = (scores, counts)
     return [(scores, counts, weights[key]) for key, (scores, counts) in found.items()]
 
@@ -622,7 +622,7 @@ def test_counting_what_prumerge_retains_merges_nothing(next_checkpoint):
     for name in ("prumerge", "prumerge_plus", "random"):
         for budget in (Budget.tokens(5), Budget.adaptive()) if name != "random" else (Budget.tokens(5),):
             pruner = make_pruner(name, budget=budget)
-            assert [pruner.count(view) for view in views] == [len(pruner.select(view)) for view in views]
+            assert [pruner.count(view) for view in views] == [len(pruner.choose(view)) for view in views]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def prompts_of(family, counts):
     for seed, count in enumerate(counts):
         ((view,),) = family.encode([tiny.random_image(seed)])
         pruner = make_pruner("random", budget=Budget.tokens(count))
-        packed = family.pack_selected([view], [pruner.select(view)])
+        packed = family.pack_selected([view], [pruner.choose(view)])
         prompts.append(family.embed(family.prompt("Why" + "?" * seed), [packed]))
     return prompts
 
@@ -71,7 +71,7 @@ def test_an_image_is_encoded_once_and_chosen_from_once(family):
     calls = []
 
     class Counting(PRUNERS["random"]):
-        def select(self, view):
+        def select(self, view, question=None):
             calls.append(view.key)
             return super().select(view)
 

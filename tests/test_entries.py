@@ -19,13 +19,13 @@ import torch
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import fitting
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.selection import select
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual
 from rcb_lmms.models import ENTRIES, METHODS, class_name, entries, table
 from rcb_lmms.models.arguments import resolve
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import VisualTokens
+from rcb_lmms.pruners.views import choose_views as select
 
 ALL = [(family, method) for family in ENTRIES for method in ENTRIES[family]]
 # Wide, tall and square: a base view and 2, 2 or 4 tiles.
@@ -361,7 +361,7 @@ def test_views_of_an_image_compete_for_its_budget(variant):
     assert chosen == expected
     assert [len(own.scores) for own in selections] == [9, 4, 25]
     (alone,) = select(pruner, views[2:], "image")
-    assert torch.equal(alone.kept, pruner.select(views[2]).kept)
+    assert torch.equal(alone.kept, pruner.choose(views[2]).kept)
 
 
 def test_random_draws_over_all_views_and_prumerge_shares_evenly():
@@ -459,7 +459,7 @@ def test_matched_methods_retain_what_the_baseline_chooses(entry, documents):
         ("prumerge_plus", "image", three_views),
     ]:
         model = entry("llava_next", method, match="prumerge", per=per)
-        kept = evidence_of(model, asked, lambda view: len(baseline.select(view)))
+        kept = evidence_of(model, asked, lambda view: len(baseline.choose(view)))
         images = [image for document in kept for image in document]
         mean = sum(map(sum, images)) / (len(images) if per == "image" else sum(map(len, images)))
         _, counts = ask(model, asked)

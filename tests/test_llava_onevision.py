@@ -291,7 +291,7 @@ def test_extreme_shapes_are_packed_as_the_unpruned_model_packs_them(make, size):
 def test_random_tokens_differ_from_frame_to_frame(family):
     visual, pruner = video(6), RandomPruning(Budget.tokens(2))
     (views,) = family.encode([visual])
-    choices = [pruner.select(view).kept for view in views]
+    choices = [pruner.choose(view).kept for view in views]
     assert len({tuple(kept.tolist()) for kept in choices}) > 1
     (image,) = tiled.packed(family, pruner, [visual])
     rows = [view.features[token] for view, kept in zip(views, choices, strict=True) for token in kept]

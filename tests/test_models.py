@@ -150,7 +150,7 @@ def test_match_retains_as_many_as_prumerge_does(evaluate, codebook_file):
     family = load_family(record["resolved"]["pretrained"])
     pruner = make_pruner("prumerge", budget=Budget.adaptive())
     views = [family.encode([tiny.random_image(seed)], pruner.needs)[0][0] for seed in range(6)]
-    expected = sum(len(pruner.select(view)) for view in views) / 6
+    expected = sum(len(pruner.choose(view)) for view in views) / 6
     assert record["calibrations"]["pope"]["target"] == pytest.approx(expected)
     kept = [row["token_counts"][0]["visual_kept"] for row in samples.values()]
     assert abs(sum(kept) / len(kept) - expected) <= 0.5

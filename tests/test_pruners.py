@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,16 +17,28 @@ import torch
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.codebook import Codebook
-from rcb_lmms.engine.selection import select
-from rcb_lmms.errors import UserError
-from rcb_lmms.pruners import PRUNERS, VisualTokens, make_pruner
+from rcb_lmms.errors import BudgetError, UserError
+from rcb_lmms.pruners import PRUNERS, Pruner, Selection, VisualTokens, make_pruner, register
 from rcb_lmms.pruners.prumerge import cls_attention_from, count_outliers
 from rcb_lmms.pruners.rcb import ALWAYS
+from rcb_lmms.pruners.views import choose_views as select
 
 WIDTH, ENCODER = 12, 10
-MERGING = {"prumerge", "prumerge_plus"}
-# Methods whose `select` leaves a view as it is.
-WHOLE = {"none", "fastv", "downsample"}
+
+# The contract tests' table: a new method adds its row, the options that it cannot do without.
+METHODS = {
+    "none": {},
+    "rcb": {"codebook": "made for the test"},
+    "prumerge": {},
+    "prumerge_plus": {},
+    "fastv": {},
+    "random": {},
+    "stride": {},
+    "downsample": {},
+}
+MERGING = {name for name in METHODS if PRUNERS[name].rewrites}
+# Methods that leave a view as it is: they act before the tower or inside the decoder, or not at all.
+WHOLE = {name for name in METHODS if PRUNERS[name].stage != "view" or not PRUNERS[name].budgets}
 
 
 def make_view(n=24, seed=0, dtype=torch.float32, key="a", grid=None):
@@ -47,8 +61,8 @@ def make_codebook(m=5, width=WIDTH, seed=9):
 
 
 def make(name, budget=None, **options):
-    if name == "rcb":
-        options.setdefault("codebook", make_codebook())
+    if "codebook" in METHODS[name]:
+        options = {"codebook": make_codebook(), **options}
     return make_pruner(name, budget=budget, **options)
 
 
@@ -65,23 +79,135 @@ def peaked_view(outliers, n=576, seed=0):
 # The contract.
 
 
-@pytest.fixture(params=sorted(PRUNERS))
+@pytest.fixture(params=METHODS)
 def name(request):
     return request.param
 
 
 def budget_for(name, count):
-    return None if name == "none" else Budget.tokens(count)
+    return Budget.tokens(count) if PRUNERS[name].budgets else None
 
 
-def test_the_registry_knows_its_methods_by_their_names():
-    assert list(PRUNERS) == ["none", "rcb", "prumerge", "prumerge_plus", "fastv", "random", "stride", "downsample"]
-    assert all(PRUNERS[name].name == name for name in PRUNERS)
+def test_every_method_has_a_row_in_the_contract_tests():
+    assert METHODS.keys() == PRUNERS.keys()
+
+
+def first_tokens(view, count):
+    return Selection(torch.arange(count), torch.zeros(len(view)))
+
+
+BROKEN = {
+    "9 of 24 tokens, where the budget asks for 4": lambda view: first_tokens(view, 9),
+    "0 of 24 tokens": lambda view: first_tokens(view, 0),
+    "indices from -1 to 2": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([-1, 0, 1, 2])),
+    "indices from 0 to 24": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([0, 1, 2, 24])),
+    "indices that repeat": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([0, 1, 1, 2])),
+    "not ascending": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([3, 2, 1, 0])),
+    "scores that are not finite": lambda view: replace(first_tokens(view, 4), scores=torch.full((24,), torch.inf)),
+    "kept of shape": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([0.0, 1, 2, 3])),
+    "scores of shape": lambda view: replace(first_tokens(view, 4), scores=torch.zeros(3)),
+    "merged tokens": lambda view: replace(first_tokens(view, 4), features=torch.zeros(4, ENCODER)),
+}
+
+
+@pytest.mark.parametrize("found", BROKEN)
+def test_a_method_that_breaks_its_budget_or_the_contract_is_stopped(found):
+    @dataclass(frozen=True)
+    class Foreign(Pruner):
+        name: ClassVar[str] = "foreign"
+
+        def select(self, view, question=None):
+            return BROKEN[found](view)
+
+    with pytest.raises(BudgetError, match=found):
+        Foreign(Budget.tokens(4)).choose(make_view())
+
+
+def test_a_score_is_all_that_a_method_needs():
+    class ByNorm(Pruner):
+        name = "by_norm"
+
+        def score(self, view, question=None):
+            return view.features.norm(dim=1)
+
+    view = make_view()
+    selection = ByNorm(Budget.ratio(0.25)).choose(view)
+    assert selection.kept.tolist() == sorted(np.argsort(-view.features.norm(dim=1).numpy())[:6].tolist())
+
+
+def test_a_method_that_reads_the_question_gets_it_and_is_refused_without():
+    class ByLength(Pruner):
+        name = "by_length"
+        sees_question = True
+
+        def score(self, view, question=None):
+            return torch.arange(len(view)).float() * (-1) ** len(question)
+
+    pruner, view = ByLength(Budget.tokens(2)), make_view()
+    assert pruner.choose(view, "even").kept.tolist() == [22, 23]
+    assert pruner.choose(view, "odd").kept.tolist() == [0, 1]
+    assert [own.kept.tolist() for own in select(pruner, [view, view], question="odd")] == [[0, 1], [0, 1]]
+    with pytest.raises(UserError, match="without a question"):
+        pruner.choose(view)
+
+
+@pytest.mark.parametrize(
+    ("found", "facts"),
+    {
+        "no name": {"name": ""},
+        "the stage 'image'": {"stage": "image"},
+        "needs that no view has": {"needs": frozenset({"depth"})},
+        "unknown kinds": {"budgets": ("words",)},
+        "no `count`": {"budgets": ("adaptive",)},
+        "without `fit`": {"fits_mean": True},
+        "views that compete": {"rewrites": True},
+        "does not act on views": {"stage": "layers", "needs": frozenset({"keys"})},
+        "without `grid`": {"stage": "pixels"},
+        "without `schedule`": {"stage": "layers"},
+        "neither": {"select": Pruner.select},
+    }.items(),
+)
+def test_facts_that_contradict_each_other_are_refused_when_a_method_is_registered(found, facts):
+    body = {"name": "foreign", "select": lambda self, view, question=None: first_tokens(view, 4), **facts}
+    with pytest.raises(UserError, match=found):
+        register(type("Foreign", (Pruner,), body))
+    assert "foreign" not in PRUNERS
+
+
+def test_a_name_is_taken_once_and_the_checks_cannot_be_left_out():
+    twin = type("Twin", (Pruner,), {"name": "random", "score": lambda self, view, question=None: view.features[:, 0]})
+    with pytest.raises(UserError, match=r"a new name for .*Twin"):
+        register(twin)
+    with pytest.raises(UserError, match="a `choose` of its own"):
+        type("Free", (Pruner,), {"name": "free", "choose": lambda self, view: None})
+
+
+def test_an_installed_package_adds_its_method_and_a_broken_one_is_named(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from rcb_lmms.pruners.base import Pruner\n"
+        "class Last(Pruner):\n"
+        "    name = 'last'\n"
+        "    def score(self, view, question=None):\n"
+        "        import torch\n"
+        "        return torch.arange(len(view)).float()\n"
+    )
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    points = "[rcb_lmms.pruners]\nlast = theirs:Last\nlost = theirs:Lost\n"
+    (info / "entry_points.txt").write_text(points)
+    shown = subprocess.run(
+        [sys.executable, "-c", "from rcb_lmms.models import ENTRIES; print('last' in ENTRIES['llava'])"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.strip() == "True"
+    assert "the pruner lost of the package theirs is left out" in shown.stderr
 
 
 def test_counts_are_exact_and_indices_ascend(name):
     for n, count in ((24, 2), (24, 7), (24, 24), (7, 3)):
-        selection = make(name, budget_for(name, count)).select(make_view(n))
+        selection = make(name, budget_for(name, count)).choose(make_view(n))
         expected = n if name in WHOLE else count
         assert len(selection) == expected
         assert len(selection.kept) == expected - (name in MERGING)
@@ -94,7 +220,7 @@ def test_counts_are_exact_and_indices_ascend(name):
 
 
 def test_keeping_all_keeps_every_index(name):
-    selection = make(name, budget_for(name, 24)).select(make_view())
+    selection = make(name, budget_for(name, 24)).choose(make_view())
     expected = 23 if name in MERGING else 24  # PruMerge's last token is the residual one
     assert len(set(selection.kept.tolist()) & set(range(24))) == expected
     if name not in MERGING:
@@ -103,7 +229,7 @@ def test_keeping_all_keeps_every_index(name):
 
 
 def test_the_kept_tokens_have_the_highest_scores(name):
-    selection = make(name, budget_for(name, 7)).select(make_view())
+    selection = make(name, budget_for(name, 7)).choose(make_view())
     kept = set(selection.kept.tolist())
     out = [selection.scores[i].item() for i in range(24) if i not in kept]
     if name in WHOLE or name == "prumerge_plus":  # which keeps a grid beside the best
@@ -112,14 +238,14 @@ def test_the_kept_tokens_have_the_highest_scores(name):
 
 
 def test_the_same_input_gives_the_same_selection(name):
-    first, second = (make(name, budget_for(name, 7)).select(make_view()) for _ in range(2))
+    first, second = (make(name, budget_for(name, 7)).choose(make_view()) for _ in range(2))
     assert torch.equal(first.kept, second.kept)
     assert torch.equal(first.scores, second.scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite_and_keeps_its_type(name, dtype):
-    selection = make(name, budget_for(name, 7)).select(make_view(dtype=dtype))
+    selection = make(name, budget_for(name, 7)).choose(make_view(dtype=dtype))
     assert selection.scores.isfinite().all()
     assert selection.scores.dtype == torch.float32
     if name in MERGING:
@@ -143,7 +269,7 @@ def test_budgets_that_cannot_be_spent_are_refused(name):
     with pytest.raises(UserError, match="1 to 24"):
         # Where the tokens go is the work of others: the decoder's, the vision tower's.
         {"fastv": lambda: pruner.rank(24, 32), "downsample": lambda: pruner.grid((4, 6))}.get(
-            name, lambda: pruner.select(make_view())
+            name, lambda: pruner.choose(make_view())
         )()
     refused = [Budget.adaptive()] if name == "rcb" else [Budget.threshold(0.4)]
     if name in ("random", "fastv", "stride", "downsample"):
@@ -210,13 +336,13 @@ def test_rcb_equals_brute_force_in_float64():
     view, codebook = make_view(40), make_codebook()
     expected = cosines(view, codebook).max(1)
     pruner = make("rcb", Budget.tokens(9), codebook=codebook)
-    selection = pruner.select(view)
+    selection = pruner.choose(view)
     np.testing.assert_allclose(-selection.scores.numpy(), expected, atol=2e-7)
     assert selection.kept.tolist() == sorted(np.argsort(expected)[:9].tolist())
     for limit in (0.1, 0.25, 0.45):
-        kept = make("rcb", Budget.threshold(limit), codebook=codebook).select(view).kept
+        kept = make("rcb", Budget.threshold(limit), codebook=codebook).choose(view).kept
         assert kept.tolist() == np.flatnonzero(expected < limit).tolist()
-    assert len(make("rcb", Budget.threshold(0.25), codebook=codebook).select(view)) == 16
+    assert len(make("rcb", Budget.threshold(0.25), codebook=codebook).choose(view)) == 16
 
 
 def test_rcb_scores_in_float16_equal_the_released_arithmetic():
@@ -227,7 +353,7 @@ def test_rcb_scores_in_float16_equal_the_released_arithmetic():
     assert tokens.dtype == rows.dtype == torch.float16
     expected = (tokens @ rows.T).max(dim=1).values
     assert torch.equal(pruner.redundancy(view), expected.float())
-    assert torch.equal(pruner.select(view).kept, (expected < 0.45).nonzero().squeeze(1))
+    assert torch.equal(pruner.choose(view).kept, (expected < 0.45).nonzero().squeeze(1))
     # The cut is 0.45 rounded to float16, 0.449951: a token that scores exactly this goes, and stays in the paper.
     at_the_cut = torch.zeros(3, WIDTH)
     at_the_cut[:, 0] = torch.tensor([0.4495, 0.45, 0.451])
@@ -237,8 +363,8 @@ def test_rcb_scores_in_float16_equal_the_released_arithmetic():
     options = {"codebook": axis, "score_dtype": "float16"}
     scores = make("rcb", Budget.threshold(0.45), **options).redundancy(view)
     assert scores[1] == torch.tensor(0.45).half()
-    assert make("rcb", Budget.threshold(0.45), **options).select(view).kept.tolist() == [0]
-    assert make("rcb", Budget.threshold(0.45), preset="paper", **options).select(view).kept.tolist() == [0, 1]
+    assert make("rcb", Budget.threshold(0.45), **options).choose(view).kept.tolist() == [0]
+    assert make("rcb", Budget.threshold(0.45), preset="paper", **options).choose(view).kept.tolist() == [0, 1]
 
 
 def test_rcb_scores_of_tokens_equal_to_a_prototype_are_at_most_one():
@@ -248,7 +374,7 @@ def test_rcb_scores_of_tokens_equal_to_a_prototype_are_at_most_one():
     pruner = make("rcb", codebook=codebook)
     scores = pruner.evidence(view)
     assert scores.max() == 1
-    assert len(pruner.fit([scores], [1], 64).select(view)) == 64
+    assert len(pruner.fit([scores], [1], 64).choose(view)) == 64
 
 
 @pytest.mark.parametrize("score_dtype", ["float32", "float16", "bfloat16"])
@@ -282,24 +408,24 @@ def test_rcb_ties_at_the_threshold(preset, ties, kept):
     view = tied_view(0.8, 0.0, 0.6, 0.6, 1.0, 0.6)
     limit = make("rcb", Budget.tokens(1), codebook=axis).redundancy(view)[2].item()
     pruner = make("rcb", Budget.threshold(limit, ties), codebook=axis, preset=preset)
-    assert pruner.select(view).kept.tolist() == kept
+    assert pruner.choose(view).kept.tolist() == kept
 
 
 def test_rcb_exact_counts_break_ties_by_position():
     axis = Codebook(torch.eye(WIDTH)[:1], {"id": "axis", "model": "model-a"})
     view = tied_view(0.8, 0.0, 0.6, 0.6, 1.0, 0.6)
-    assert make("rcb", Budget.tokens(3), codebook=axis).select(view).kept.tolist() == [1, 2, 3]
-    assert make("rcb", Budget.ratio(0.34), codebook=axis).select(view).kept.tolist() == [1, 2]
+    assert make("rcb", Budget.tokens(3), codebook=axis).choose(view).kept.tolist() == [1, 2, 3]
+    assert make("rcb", Budget.ratio(0.34), codebook=axis).choose(view).kept.tolist() == [1, 2]
 
 
 def test_rcb_keeps_the_least_redundant_when_nothing_passes():
     view = make_view()
     scores = make("rcb").redundancy(view)
     for min_keep, forced in ((1, 1), (3, 3), (0, 0), (99, 24)):
-        selection = make("rcb", Budget.threshold(-1), min_keep=min_keep).select(view)
+        selection = make("rcb", Budget.threshold(-1), min_keep=min_keep).choose(view)
         assert selection.forced == forced
         assert selection.kept.tolist() == sorted(scores.argsort()[:forced].tolist())
-    some = make("rcb", Budget.threshold(scores.sort().values[2].item()), min_keep=3).select(view)
+    some = make("rcb", Budget.threshold(scores.sort().values[2].item()), min_keep=3).choose(view)
     assert (len(some), some.forced) == (3, 1)
 
 
@@ -329,44 +455,44 @@ def test_double_softmax_equals_naive_loops():
     expected = double_softmax(cosines(view, codebook))
     pruner = make("rcb", Budget.tokens(11), codebook=codebook, variant="double_softmax")
     np.testing.assert_allclose(pruner.redundancy(view), expected, rtol=2e-6)
-    assert pruner.select(view).kept.tolist() == sorted(np.argsort(expected)[:11].tolist())
-    by_cosine = make("rcb", Budget.tokens(11), codebook=codebook).select(view)
-    assert pruner.select(view).kept.tolist() != by_cosine.kept.tolist()
+    assert pruner.choose(view).kept.tolist() == sorted(np.argsort(expected)[:11].tolist())
+    by_cosine = make("rcb", Budget.tokens(11), codebook=codebook).choose(view)
+    assert pruner.choose(view).kept.tolist() != by_cosine.kept.tolist()
 
 
 def test_double_softmax_in_float16_drops_ties_at_the_cut_as_released():
     """OneVision's sizes: products of two softmaxes are subnormal in float16, where most of them are equal."""
     view, codebook = make_view(729, dtype=torch.float16), make_codebook(310)
     options = {"codebook": codebook, "variant": "double_softmax", "score_dtype": "float16"}
-    exact = make("rcb", Budget.tokens(144), **options).select(view)
+    exact = make("rcb", Budget.tokens(144), **options).choose(view)
     assert len(exact) == 144
-    official = make("rcb", Budget.tokens(144), tie_mode="official", **options).select(view)
+    official = make("rcb", Budget.tokens(144), tie_mode="official", **options).choose(view)
     scores = (-official.scores).tolist()
     cut = sorted(scores, reverse=True)[585 - 1]  # 585 of 729 go
     assert len(official) == sum(score < cut for score in scores) < 144
     assert set(official.kept.tolist()) < set(exact.kept.tolist())
-    everything = make("rcb", Budget.ratio(1), tie_mode="official", **options).select(view)
+    everything = make("rcb", Budget.ratio(1), tie_mode="official", **options).choose(view)
     assert len(everything) == 729
     untied = make("rcb", Budget.tokens(144), codebook=codebook, variant="double_softmax", tie_mode="official")
-    assert len(untied.select(view)) == 144
+    assert len(untied.choose(view)) == 144
 
 
 def test_rcb_takes_codebooks_by_path(tmp_path):
     path = make_codebook().save(tmp_path / "tiny.safetensors")
-    expected = make("rcb", Budget.tokens(5)).select(make_view())
+    expected = make("rcb", Budget.tokens(5)).choose(make_view())
     for source in (path, str(path)):
-        assert torch.equal(make("rcb", Budget.tokens(5), codebook=source).select(make_view()).kept, expected.kept)
+        assert torch.equal(make("rcb", Budget.tokens(5), codebook=source).choose(make_view()).kept, expected.kept)
 
 
 def test_rcb_refuses_foreign_or_missing_codebooks():
     with pytest.raises(UserError) as caught:
-        make("rcb", Budget.tokens(5), codebook=make_codebook(width=16)).select(make_view())
+        make("rcb", Budget.tokens(5), codebook=make_codebook(width=16)).choose(make_view())
     message = str(caught.value)
     assert all(part in message for part in ("12", "16", "model-a", "the model in use"))
     with pytest.raises(UserError, match="rcb codebook build"):
         make_pruner("rcb", budget=Budget.tokens(5))
     with pytest.raises(UserError, match=r"threshold=0\.45"):
-        make("rcb").select(make_view())
+        make("rcb").choose(make_view())
     for option in ("variant", "score_dtype", "tie_mode"):
         with pytest.raises(UserError, match="nonsense"):
             make("rcb", Budget.tokens(5), **{option: "nonsense"})
@@ -419,7 +545,7 @@ def test_rcb_fit_is_met_when_views_are_selected(preset, target):
     pruner = make("rcb", preset=preset, min_keep=0)
     evidence = [pruner.evidence(view) for view in views]
     fitted = pruner.fit(evidence, [1] * 6, target)
-    counts = [len(fitted.select(view)) for view in views]
+    counts = [len(fitted.choose(view)) for view in views]
     assert counts == [fitted.retained(array) for array in evidence]
     assert np.mean(counts) == pytest.approx(target, abs=0.5 / 6 * 3 + 1e-9)
     assert np.mean(counts) == pytest.approx(target, abs=brute_force_fit(evidence, [1] * 6, target) + 1e-9)
@@ -447,12 +573,12 @@ def test_rcb_fit_refuses_targets_out_of_reach():
 def test_random_depends_on_seed_and_content_alone():
     views = [make_view(seed=seed, key=f"image-{seed}") for seed in range(5)]
     pruner = make("random", Budget.tokens(6))
-    forward = [pruner.select(view).kept.tolist() for view in views]
+    forward = [pruner.choose(view).kept.tolist() for view in views]
     torch.rand(17)
-    backward = [pruner.select(view).kept.tolist() for view in reversed(views)]
+    backward = [pruner.choose(view).kept.tolist() for view in reversed(views)]
     assert forward == backward[::-1]
     assert len({tuple(kept) for kept in forward}) == 5
-    assert forward[0] != make("random", Budget.tokens(6), seed=0).select(views[0]).kept.tolist()
+    assert forward[0] != make("random", Budget.tokens(6), seed=0).choose(views[0]).kept.tolist()
     assert forward[0] == [4, 5, 6, 14, 18, 22]  # the same on every machine
 
 
@@ -460,7 +586,7 @@ def test_random_is_uniform():
     pruner = make("random", Budget.tokens(6))
     hits = np.zeros(24)
     for draw in range(400):
-        hits[pruner.select(make_view(seed=0, key=str(draw))).kept.numpy()] += 1
+        hits[pruner.choose(make_view(seed=0, key=str(draw))).kept.numpy()] += 1
     # Each count is hypergeometric with mean 100 and deviation 8.7; 4.5 deviations.
     assert np.abs(hits - 100).max() < 39
 
@@ -495,10 +621,10 @@ def slow_prumerge(view, plus=False):
 def test_prumerge_equals_the_released_steps(name, outliers, n):
     view = peaked_view(outliers, n)
     kept, merged = slow_prumerge(view, plus=name == "prumerge_plus")
-    official = make(name, order="official").select(view)
+    official = make(name, order="official").choose(view)
     assert official.kept.tolist() == kept
     np.testing.assert_allclose(official.features, merged, atol=2e-6)
-    ascending = make(name, Budget.adaptive()).select(view)
+    ascending = make(name, Budget.adaptive()).choose(view)
     assert ascending.kept.tolist() == sorted(kept)
     places = [kept.index(i) for i in sorted(kept)]
     np.testing.assert_allclose(ascending.features, merged[[*places, len(kept)]], atol=2e-6)
@@ -511,7 +637,7 @@ def test_prumerge_equals_the_released_steps(name, outliers, n):
 def test_prumerge_plus_counts_of_the_released_stride(outliers, most):
     view = peaked_view(outliers)
     assert count_outliers(view.cls_attention) == outliers
-    kept = make("prumerge_plus", order="official").select(view).kept.tolist()
+    kept = make("prumerge_plus", order="official").choose(view).kept.tolist()
     stride = int(int(1 / (outliers / 576)) / 3)
     grid = list(range(0, 575, stride))
     assert outliers + len(grid) == most
@@ -533,46 +659,44 @@ def test_outliers_as_counted_equal_the_released_ratio_arithmetic():
 @pytest.mark.parametrize("name", sorted(MERGING))
 def test_prumerge_without_outliers_or_with_too_many(name):
     flat = replace(make_view(576), cls_attention=torch.full((576,), 1e-3))
-    assert len(make(name).select(flat).kept) == {"prumerge": 1, "prumerge_plus": 3}[name]
+    assert len(make(name).choose(flat).kept) == {"prumerge": 1, "prumerge_plus": 3}[name]
     many = peaked_view(140)
-    selection = make(name).select(many)
+    selection = make(name).choose(many)
     assert len(selection.kept) == {"prumerge": 140, "prumerge_plus": 575}[name]
     assert len(selection) <= 576
 
 
 def test_prumerge_scale():
     view = peaked_view(20)
-    counts = {scale: len(make("prumerge", scale=scale).select(view)) for scale in (0, 0.5, 1, 3.5, 28.7, 100)}
+    counts = {scale: len(make("prumerge", scale=scale).choose(view)) for scale in (0, 0.5, 1, 3.5, 28.7, 100)}
     assert counts == {0: 2, 0.5: 11, 1: 21, 3.5: 71, 28.7: 575, 100: 576}
 
 
 def test_prumerge_with_a_count_takes_the_highest_attention():
     view = peaked_view(20)
-    selection = make("prumerge", Budget.tokens(64)).select(view)
+    selection = make("prumerge", Budget.tokens(64)).choose(view)
     assert len(selection) == 64
     assert selection.kept.tolist() == sorted(view.cls_attention.argsort(descending=True)[:63].tolist())
-    assert len(make("prumerge", Budget.ratio(0.25)).select(view)) == 144
+    assert len(make("prumerge", Budget.ratio(0.25)).choose(view)) == 144
 
 
 def test_prumerge_plus_with_a_count_spreads_the_rest():
     view = peaked_view(20)
     best = view.cls_attention.argsort(descending=True)[:20].tolist()
-    kept = make("prumerge_plus", Budget.tokens(65), order="official").select(view).kept.tolist()
+    kept = make("prumerge_plus", Budget.tokens(65), order="official").choose(view).kept.tolist()
     assert kept[:20] == best
     rest = [i for i in range(576) if i not in best]
     assert kept[20:] == [rest[j * 556 // 44] for j in range(44)]
-    few = make("prumerge_plus", Budget.tokens(11), order="official").select(view).kept.tolist()
+    few = make("prumerge_plus", Budget.tokens(11), order="official").choose(view).kept.tolist()
     assert few == best[:10]
 
 
 def test_prumerge_refusals():
     with pytest.raises(UserError, match="CLS token"):
-        make("prumerge").select(replace(make_view(), cls_attention=None))
-    with pytest.raises(UserError, match="CLS token"):
-        make("prumerge").evidence(replace(make_view(), keys=None))
+        make("prumerge").choose(replace(make_view(), cls_attention=None))
     for name in MERGING:
         with pytest.raises(UserError, match="2 to 24 tokens"):
-            make(name, Budget.tokens(1)).select(make_view())
+            make(name, Budget.tokens(1)).choose(make_view())
         with pytest.raises(UserError, match="ascending, official"):
             make(name, order="raster")
         for option in ({"scale": -1}, {"scale": float("nan")}, {"neighbours": 0}):
@@ -596,7 +720,7 @@ def test_prumerge_fit_equals_brute_force_over_scales():
         fitted = pruner.fit(evidence, weights, target)
         assert abs(mean(fitted.scale) - target) == pytest.approx(np.abs(means - target).min(), abs=1e-9)
     fitted = pruner.fit(evidence, weights, 64)
-    assert [fitted.retained(array) for array in evidence] == [len(fitted.select(view)) for view in views]
+    assert [fitted.retained(array) for array in evidence] == [len(fitted.choose(view)) for view in views]
 
 
 def test_prumerge_fit_refuses_what_no_scale_reaches():
@@ -613,7 +737,7 @@ def test_prumerge_plus_meets_a_mean_by_a_count():
     assert pruner.evidence(make_view()) is None
     fitted = pruner.fit([np.array([30.0])], [1], 143.6)
     assert fitted.budget == Budget.tokens(144)
-    assert fitted.retained(np.array([30.0])) == len(fitted.select(peaked_view(20))) == 144
+    assert fitted.retained(np.array([30.0])) == len(fitted.choose(peaked_view(20))) == 144
 
 
 def test_cls_attention_is_a_softmax_over_cls_and_patches():
@@ -650,10 +774,10 @@ def test_fastv_ranks():
 def test_stride_takes_the_middles_of_equal_parts():
     for n in (1, 7, 24, 144):
         for count in range(1, n + 1):
-            kept = make("stride", Budget.tokens(count)).select(make_view(n)).kept.tolist()
+            kept = make("stride", Budget.tokens(count)).choose(make_view(n)).kept.tolist()
             assert kept == [math.floor((i + Fraction(1, 2)) * Fraction(n, count)) for i in range(count)]
             assert len(set(kept)) == count
-    assert make("stride", Budget.ratio(0.25)).select(make_view(24)).kept.tolist() == [2, 6, 10, 14, 18, 22]
+    assert make("stride", Budget.ratio(0.25)).choose(make_view(24)).kept.tolist() == [2, 6, 10, 14, 18, 22]
 
 
 def test_stride_counts_the_views_of_an_image_together():

@@ -153,7 +153,7 @@ def test_kept_sets_are_those_of_eager_attention_and_of_the_seed(recorded, family
     for sample, drawn in zip(fastv.samples[:4], random.samples[:4], strict=True):
         image = tiny.random_image(sample.question.split("\n")[0].count("?") - 1)
         (view,) = eager.encode([image])[0]
-        assert drawn.kept[0].kept == set(pruner.select(view).kept.tolist())
+        assert drawn.kept[0].kept == set(pruner.choose(view).kept.tolist())
         prompt = eager.embed(eager.prompt(sample.question), [eager.pack_base(view.features)])
         with torch.no_grad():
             attentions = eager.model(inputs_embeds=prompt.embeds[None], output_attentions=True).attentions

@@ -33,7 +33,7 @@ def unpruned(family, text, images=(), frames=()):
 
 def packed(family, pruner, visuals):
     views = family.encode(visuals, pruner.needs)
-    selections = [[pruner.select(view) for view in own] for own in views]
+    selections = [[pruner.choose(view) for view in own] for own in views]
     return [family.pack_selected(*parts) for parts in zip(views, selections, visuals, strict=True)]
 
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.selection import compares_views, joined, select
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner, VisualTokens, check_needs
+from rcb_lmms.pruners.views import choose_views, joined
 from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def score_pass(
             for name, pruner in methods.items():
                 result.evidence[name].append(evidence_of(pruner, views, encoder.per))
             for name, pruner in baselines.items():
-                kept = sum(map(len, select(pruner, views, encoder.per)))
+                kept = sum(map(len, choose_views(pruner, views, encoder.per)))
                 result.evidence[name].append([np.array([kept], dtype=np.float32)])
             result.weights.append(weights[visual.key])
             result.natives.append(sum(map(len, views)))
@@ -115,7 +115,7 @@ def evidence_of(pruner: Pruner, views: Sequence[VisualTokens], per: str) -> list
     for view in views:
         check_needs(view, pruner)
     together = per == "image" and len(views) > 1
-    parts = [joined(views)] if together and compares_views(pruner) else views
+    parts = [joined(views)] if together and pruner.pools_views else views
     found = [pruner.evidence(part) for part in parts]
     if found[0] is None:  # counts are exact: one for each time that a budget is spent
         return [np.empty(0, dtype=np.float32)] * (1 if together else len(views))

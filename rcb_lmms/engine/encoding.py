@@ -7,12 +7,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.engine.generation import out_of_memory
-from rcb_lmms.engine.selection import select
 from rcb_lmms.engine.store import ByteStore
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.packed import PackedImage
 from rcb_lmms.pruners.base import Pruner, VisualTokens
-from rcb_lmms.pruners.downsample import Downsample
+from rcb_lmms.pruners.views import choose_views
 
 if TYPE_CHECKING:
     from rcb_lmms.families.images import Visual
@@ -48,7 +47,7 @@ class ImageEncoder:
 
     def views(self, visuals: Sequence[Visual], pruner: Pruner | None = None) -> list[list[VisualTokens]]:
         """Views of opened images and videos, as small as `pruner` wants them; equal ones are encoded once."""
-        smaller = pruner if isinstance(pruner, Downsample) else None
+        smaller = pruner if pruner is not None and pruner.stage == "pixels" else None
         found = {visual.key: self._views.get((smaller, visual.key)) for visual in visuals}
         pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
         for batch in self.batches(pending.values()):
@@ -57,7 +56,7 @@ class ImageEncoder:
                 self._views.put((smaller, visual.key), views, sum(map(_view_bytes, views)))
         return [found[visual.key] for visual in visuals]
 
-    def _size(self, smaller: Downsample | None) -> Size | None:
+    def _size(self, smaller: Pruner | None) -> Size | None:
         if smaller is None:
             return None
         return smaller.grid if self.per == "image" else lambda native, views: smaller.grid(native)
@@ -97,7 +96,7 @@ class ImageEncoder:
         found = {visual.key: self._packed.get((name, visual.key)) for visual in visuals}
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing, pruner), strict=True):
-            packed = self.family.pack_selected(views, select(pruner, views, self.per), visual)
+            packed = self.family.pack_selected(views, choose_views(pruner, views, self.per), visual)
             found[visual.key] = packed
             self._packed.put((name, visual.key), packed, packed.embeds.nbytes)
         return [found[visual.key] for visual in visuals]

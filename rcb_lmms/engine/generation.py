@@ -18,7 +18,7 @@ from rcb_lmms.families.packed import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcb_lmms.pruners.fastv import FastV
+    from rcb_lmms.pruners.base import LayerStep, Pruner
 
 
 @dataclass
@@ -77,7 +77,7 @@ def generate(
     family: Family,
     prompts: Sequence[Prompt],
     options: dict[str, Any],
-    layer_pruner: FastV | None = None,
+    layer_pruner: Pruner | None = None,
     per: str = "view",
 ) -> Generated:
     """Answer one batch.
@@ -95,14 +95,16 @@ def generate(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         ranks = None
         if layer_pruner is not None:
-            ranks = [layer_rank(layer_pruner, prompt, family.layers, per) if prompt.spans else 0 for prompt in prompts]
+            steps = [prompt.spans and layer_step(layer_pruner, prompt, family.layers, per) for prompt in prompts]
+            ranks = [step.keep if step else 0 for step in steps]
             spans = [
                 [(begin + start, end + start) for begin, end in prompt.spans]
                 for prompt, start in zip(prompts, starts, strict=True)
             ]
-            stack.enter_context(
-                prune_at_layer(family.model, layer=layer_pruner.layer, keep=ranks, spans=spans, mode=layer_pruner.mode)
-            )
+            if first := next(filter(None, steps), None):
+                stack.enter_context(
+                    prune_at_layer(family.model, layer=first.layer, keep=ranks, spans=spans, mode=layer_pruner.mode)
+                )
         ids = family.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -116,9 +118,10 @@ def generate(
     )
 
 
-def layer_rank(pruner: FastV, prompt: Prompt, layers: int, per: str) -> int:
-    """Visual tokens of a prompt that layers behind FastV's see; see `FastV.rank`."""
-    return pruner.rank(prompt.retained, layers, shares(prompt, per), prompt.encoded)
+def layer_step(pruner: Pruner, prompt: Prompt, layers: int, per: str) -> LayerStep:
+    """The one step of a layer method's schedule for a prompt."""
+    (step,) = pruner.schedule(prompt.retained, layers, shares(prompt, per), prompt.encoded)
+    return step
 
 
 def shares(prompt: Prompt, per: str) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration.threshold_file import ThresholdFile
-from rcb_lmms.engine.selection import PER
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, family_class
 from rcb_lmms.families.base import choose
@@ -18,6 +17,7 @@ from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.pruners.views import PER
 
 # The setting of the paper's main table.
 PAPER_TOKENS = 64
@@ -25,12 +25,6 @@ PAPER_TOKENS = 64
 VIDEO = ("video_backend", "max_frames_num")
 LOADING = ("pretrained", "dtype", "device", "attn_implementation", "preprocess", "template", *VIDEO)
 BUDGETS = ("keep", "ratio", "threshold", "match")
-
-# Methods that leave views whole before the language model.
-WHOLE = ("none", "fastv")
-
-# The variant of RCB that the released code uses, where it is not the paper's.
-OFFICIAL_VARIANTS = {"llava_onevision": "double_softmax"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     _check_provided(family, entry_id(family, method), method)
     options = _method_options(method)
     budgets = budget_names(method)
-    common = ["preset", "batch_size", "seed", *["per"] * bool(budgets), *["thresholds"] * (method == "rcb")]
+    common = ["preset", "batch_size", "seed", *["per"] * bool(budgets), *["thresholds"] * ("threshold" in budgets)]
     allowed = [*LOADING, *own.options, *budgets, *options, *common]
     unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
     if unknown:
@@ -101,14 +95,14 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     if "codebook" in options:
         chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
     preset = str(arguments.get("preset", "official"))
-    on_cosines = "threshold" in given or "thresholds" in arguments
-    if method == "rcb" and preset == "official" and family in OFFICIAL_VARIANTS and not on_cosines:
-        # A threshold on a cosine means the variant that has one.
-        chosen.setdefault("variant", OFFICIAL_VARIANTS[family])
-    budget, target = _budget(method, given, chosen)
+    # A threshold on a cosine means the variant that has one.
+    if preset == "official" and not {"threshold", "thresholds"} & set(arguments):
+        chosen = {**PRUNERS[method].official_options.get(family, {}), **chosen}
+    pruner = make_pruner(method, budget=_unfitted(method), preset=preset, **chosen)
+    budget, target = _budget(pruner, given)
     if target is not None and target.baseline is not None:
         _check_provided(family, f"match={given['match']}", target.baseline.name)
-    pruner = make_pruner(method, budget=budget, preset=preset, **chosen)
+    pruner = dataclasses.replace(pruner, budget=budget)
     per = choose("per", str(arguments.get("per", "view")), PER)
     batch_size = _whole("batch_size", arguments.get("batch_size", 1))
     return Settings(loading, pruner, target, per, batch_size, seed, _thresholds(arguments.get("thresholds"), target))
@@ -160,7 +154,7 @@ def _loading(family: str, method: str, arguments: dict[str, Any]) -> dict[str, A
 def _packing(method: str, split: bool, pack: str) -> str:
     """The family's `pack`: whole views as the Hugging Face model packs them, pruned ones as they come (`auto`)."""
     choose("pack", pack, PACKINGS)
-    whole = method in WHOLE
+    whole = not PRUNERS[method].budgets or PRUNERS[method].stage == "layers"
     if pack == "spatial_unpad" and not whole:
         raise UserError(
             wanted=f"pack=spatial_unpad with {method}",
@@ -204,40 +198,44 @@ def _method_options(method: str) -> list[str]:
 
 def budget_names(method: str) -> tuple[str, ...]:
     """model_args that give a method its budget, of which one may be used."""
-    counts = ("keep", "ratio")
-    own = {"none": (), "rcb": BUDGETS} | dict.fromkeys(("fastv", "random", "stride", "downsample"), counts)
-    return own.get(method, (*counts, "match"))
+    kinds = set(PRUNERS[method].budgets)
+    named = {"keep": "tokens", "ratio": "ratio", "threshold": "threshold"}
+    names = {name for name, kind in named.items() if kind in kinds}
+    if kinds & {"threshold", "adaptive"}:
+        names.add("match")
+    return tuple(name for name in BUDGETS if name in names)
 
 
-def _budget(method: str, given: dict[str, Any], options: dict[str, Any]) -> tuple[Budget | None, Target | None]:
+def _budget(pruner: Pruner, given: dict[str, Any]) -> tuple[Budget | None, Target | None]:
+    """The budget, and the mean to calibrate for where the method meets a mean over the benchmark instead of a count."""
     if len(given) > 1:
         raise UserError(
             wanted="one budget",
             found=", ".join(f"{name}={value}" for name, value in given.items()),
-            allowed="one of: " + ", ".join(budget_names(method)),
+            allowed="one of: " + ", ".join(budget_names(pruner.name)),
             next_step="remove all but one",
         )
-    if method == "none":
+    if not pruner.budgets:
         return None, None
     name, value = next(iter(given.items()), ("keep", PAPER_TOKENS))
-    # These decide image by image: the budget is a mean over the benchmark. All others meet a count exactly.
-    adaptive = method == "prumerge" or (method == "rcb" and options.get("variant", "max_cosine") == "max_cosine")
     if name == "threshold":
         return Budget.threshold(_number(name, value)), None
     if name == "match":
         target = matched(str(value))
-        if target.tokens is not None and not adaptive:
+        if target.tokens is not None and not pruner.fits_mean:
             return Budget.tokens(target.tokens), None
-        return _unfitted(method), target
+        return pruner.budget, target
     value = _number(name, value)
-    budget = Budget.tokens(round(value) if adaptive else value) if name == "keep" else Budget.ratio(value)
-    if adaptive:
-        return _unfitted(method), Target(tokens=value) if name == "keep" else Target(ratio=value)
+    budget = Budget.tokens(round(value) if pruner.fits_mean else value) if name == "keep" else Budget.ratio(value)
+    if pruner.fits_mean:
+        return pruner.budget, Target(tokens=value) if name == "keep" else Target(ratio=value)
     return budget, None
 
 
-def _unfitted(method: str) -> Budget:
-    return Budget.threshold(1.0) if method == "rcb" else Budget.adaptive()
+def _unfitted(method: str) -> Budget | None:
+    """Any budget of a kind that the method takes, until its own is known."""
+    every = {"threshold": Budget.threshold(1.0), "adaptive": Budget.adaptive(), "tokens": Budget.tokens(1)}
+    return next((every[kind] for kind in PRUNERS[method].budgets if kind in every), None)
 
 
 def matched(name: str) -> Target:
@@ -250,14 +248,15 @@ def matched(name: str) -> Target:
         UserError: not a baseline.
     """
     method, _, tokens = name.partition(":")
-    if method in ("prumerge", "prumerge_plus") and not tokens:
+    kinds = PRUNERS[method].budgets if method in PRUNERS else ()
+    if "adaptive" in kinds and not tokens:
         return Target(baseline=make_pruner(method, budget=Budget.adaptive()))
-    if method in ("prumerge", "prumerge_plus", "fastv", "random"):
+    if "tokens" in kinds and "threshold" not in kinds:
         return Target(tokens=_number("match", tokens or PAPER_TOKENS))
     raise UserError(
         wanted=f"match={name}",
         found="no such baseline",
-        allowed="prumerge, prumerge_plus, fastv, random, each with :TOKENS",
+        allowed="prumerge, prumerge_plus, fastv, random, stride, downsample, each with :TOKENS",
         next_step="match=prumerge, or match=fastv:144",
     )
 

@@ -28,7 +28,6 @@ from rcb_lmms.models.ledger import RUNS, RunRecord, VisualTokenCounts, report_me
 from rcb_lmms.models.processes import gather, rank_and_size
 from rcb_lmms.models.questions import Generation, Question, grouped
 from rcb_lmms.pruners.base import Pruner
-from rcb_lmms.pruners.fastv import FastV
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class PrunedModel(lmms):
         self, batch: dict[int, Prompt], window: dict[int, Question], generation: Generation, pruner: Pruner
     ) -> dict[int, GenerationResult]:
         """Answers of one batch; halved where it fails, until it fits or the failing sample stands alone."""
-        layer_pruner = pruner if isinstance(pruner, FastV) else None
+        layer_pruner = pruner if pruner.stage == "layers" else None
         if generation.sampled:
             torch.manual_seed(self._draw_seed(window[next(iter(batch))]))
         try:
@@ -198,7 +197,7 @@ class PrunedModel(lmms):
         return answers
 
     def _counts(
-        self, prompt: Prompt, output_tokens: int, layer_pruner: FastV | None, rank: int | None
+        self, prompt: Prompt, output_tokens: int, layer_pruner: Pruner | None, rank: int | None
     ) -> VisualTokenCounts:
         native, kept = prompt.native, prompt.retained
         average, pruned, capped = float(kept), (None, None), False

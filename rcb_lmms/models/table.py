@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from rcb_lmms.families import Family, family_class
 from rcb_lmms.models import ENTRIES, METHODS
-from rcb_lmms.models.arguments import OFFICIAL_VARIANTS, budget_names, supports
+from rcb_lmms.models.arguments import budget_names, supports
+from rcb_lmms.pruners import PRUNERS
 
 BEGIN, END = "<!-- made by: python -m rcb_lmms.models.table -->", "<!-- end of the table -->"
 
 COLUMNS = ("entry", "method", "budget", "tiles", "several images", "video", "note")
-
-# How a method decides; the first two meet `keep`, `ratio` and `match` as a mean over the benchmark.
-NOTES = {
-    "rcb": "by the codebook, image by image",
-    "prumerge": "by CLS attention, image by image",
-    "prumerge_plus": "by CLS attention and a grid",
-    "fastv": "inside the LLM, by the question",
-    "random": "by `seed`",
-    "stride": "evenly spaced",
-    "downsample": "a smaller image, whose tokens all stay",
-    "none": "unpruned",
-}
 
 
 def entries_table() -> str:
@@ -35,8 +24,8 @@ def _row(family: str, method: str) -> tuple[str, ...]:
     first = (f"`{family}_{method}`", f"`{pruner}`")
     if not supports(family, pruner):
         return (*first, "–", "–", "–", "–", "refused: the vision tower has no CLS token")
-    exact = pruner == "rcb" and family in OFFICIAL_VARIANTS
-    note = "counts are exact; `preset=paper` meets a mean" if exact else NOTES[pruner]
+    exact = family in PRUNERS[pruner].official_options
+    note = "counts are exact; `preset=paper` meets a mean" if exact else PRUNERS[pruner].summary
     return (*first, _budget(pruner, exact), *_media(family_class(family)), note)
 
 
@@ -44,10 +33,11 @@ def _budget(pruner: str, exact: bool) -> str:
     names = [f"`{name}`" for name in budget_names(pruner)]
     if not names:
         return "all tokens"
-    if pruner not in ("rcb", "prumerge") or exact:
+    # What decides is a property where an option of the method may change it: by default it fits a mean.
+    if exact or PRUNERS[pruner].fits_mean is False:
         return ", ".join(names)
-    # A threshold is what it is; all others are met as a mean.
-    return "mean " + ", ".join(name for name in names if name != "`threshold`") + ", or `threshold`" * (pruner == "rcb")
+    threshold = ", or `threshold`" if "`threshold`" in names else ""
+    return "mean " + ", ".join(name for name in names if name != "`threshold`") + threshold
 
 
 def _media(family: type[Family]) -> tuple[str, str, str]:

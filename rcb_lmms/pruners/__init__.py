@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_facts
 from rcb_lmms.pruners.checks import check_choice
 from rcb_lmms.pruners.downsample import Downsample
 from rcb_lmms.pruners.fastv import FastV
@@ -16,12 +18,58 @@ from rcb_lmms.pruners.prumerge import PruMerge, PruMergePlus
 from rcb_lmms.pruners.random import RandomPruning
 from rcb_lmms.pruners.rcb import RCB
 from rcb_lmms.pruners.stride import Stride
+from rcb_lmms.pruners.views import choose_views
 
-__all__ = ["PRESETS", "PRUNERS", "Budget", "Pruner", "Selection", "VisualTokens", "check_needs", "make_pruner"]
+logger = logging.getLogger(__name__)
 
-PRUNERS: dict[str, type[Pruner]] = {
-    pruner.name: pruner for pruner in (NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample)
-}
+__all__ = [
+    "PRESETS",
+    "PRUNERS",
+    "Budget",
+    "Pruner",
+    "Selection",
+    "VisualTokens",
+    "choose_views",
+    "make_pruner",
+    "register",
+]
+
+PRUNERS: dict[str, type[Pruner]] = {}
+# Outside packages name their methods in this entry-point group.
+GROUP = "rcb_lmms.pruners"
+
+
+def register(pruner: type[Pruner]) -> type[Pruner]:
+    """Add a method to `PRUNERS`.
+
+    Raises:
+        UserError: facts that contradict each other, or a name that another method has.
+    """
+    check_facts(pruner)
+    if PRUNERS.get(pruner.name, pruner) is not pruner:
+        raise UserError(
+            wanted=f"a new name for {pruner.__module__}.{pruner.__qualname__}",
+            found=f"{pruner.name}, which is {PRUNERS[pruner.name].__module__}.{PRUNERS[pruner.name].__qualname__}",
+            allowed="names other than " + ", ".join(PRUNERS),
+            next_step="give the class another name",
+        )
+    PRUNERS[pruner.name] = pruner
+    return pruner
+
+
+def _register_outside() -> None:
+    """Register the methods of installed packages; one that fails is named, and costs the others nothing."""
+    for point in entry_points(group=GROUP):
+        try:
+            register(point.load())
+        except Exception as error:  # whatever another package raises when it is imported
+            package = point.dist.name if point.dist else point.value
+            logger.error("the pruner %s of the package %s is left out: %s", point.name, package, error)
+
+
+for _method in (NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample):
+    register(_method)
+_register_outside()
 
 PRESETS = ("official", "paper", "paper_literal")
 

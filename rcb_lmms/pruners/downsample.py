@@ -23,11 +23,14 @@ class Downsample(Pruner):
     """
 
     name: ClassVar[str] = "downsample"
+    label: ClassVar[str] = "Downsample"
+    summary: ClassVar[str] = "a smaller image, whose tokens all stay"
+    stage: ClassVar[str] = "pixels"
 
     def __post_init__(self) -> None:
         check_budget(self, "tokens", "ratio")
 
-    def select(self, view: VisualTokens) -> Selection:
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Every token, since the view was made small before; every score is 0."""
         return keep_all(view)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rcb_lmms.budget import rank_for_layer_average
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.base import LayerStep, Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
 from rcb_lmms.pruners.none import keep_all
 
@@ -29,6 +29,10 @@ class FastV(Pruner):
     convention: str = "rank"
 
     name: ClassVar[str] = "fastv"
+    label: ClassVar[str] = "FastV"
+    summary: ClassVar[str] = "inside the LLM, by the question"
+    stage: ClassVar[str] = "layers"
+    sees_question: ClassVar[bool] = True
     paper: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
 
     def __post_init__(self) -> None:
@@ -37,14 +41,13 @@ class FastV(Pruner):
         check_choice("fastv's mode", self.mode, ("drop", "mask"))
         check_choice("fastv's way of counting tokens", self.convention, ("rank", "layer_average"))
 
-    @property
-    def sees_question(self) -> bool:
-        """True: the scores are the attention of the prompt's last token."""
-        return True
-
-    def select(self, view: VisualTokens) -> Selection:
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Every token, since nothing is known before the decoder has run; every score is 0."""
         return keep_all(view)
+
+    def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
+        """One step, behind `layer` layers."""
+        return [LayerStep(self.layer, self.rank(native, layers, shares, encoded))]
 
     def rank(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> int:
         """Tokens that layers from `layer` on see of a prompt's visual tokens, which compete as one.

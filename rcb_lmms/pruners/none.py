@@ -14,11 +14,14 @@ class NoPruning(Pruner):
     """Keeps every token; a budget is refused, since it would be ignored."""
 
     name: ClassVar[str] = "none"
+    label: ClassVar[str] = "unpruned"
+    summary: ClassVar[str] = "unpruned"
+    budgets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_budget(self, None)
 
-    def select(self, view: VisualTokens) -> Selection:
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Every index, every score 0."""
         return keep_all(view)
 

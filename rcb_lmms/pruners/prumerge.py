@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
 
 if TYPE_CHECKING:
@@ -38,39 +38,48 @@ class PruMerge(Pruner):
     order: str = "ascending"
 
     name: ClassVar[str] = "prumerge"
+    label: ClassVar[str] = "PruMerge"
+    summary: ClassVar[str] = "by CLS attention, image by image"
+    budgets: ClassVar[tuple[str, ...]] = ("adaptive", "tokens", "ratio")
+    fits_mean: ClassVar[bool] = True
+    # The attention of a CLS token adds up to one in every view, so views cannot be compared by it.
+    pools_views: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"encoder_features", "keys", "cls_attention"})
     least: ClassVar[int] = 2
     paper: ClassVar[str] = "Shang et al., LLaVA-PruMerge (arXiv 2403.15388)"
 
     def __post_init__(self) -> None:
-        check_budget(self, "adaptive", "tokens", "ratio", None)
+        check_budget(self, *self.budgets, None)
         check_minimum(f"{self.name}'s centres per outlier", self.scale, 0)
         check_minimum(f"{self.name}'s neighbours per centre", self.neighbours, 1)
         check_choice(f"{self.name}'s order of tokens", self.order, ("ascending", "official"))
 
-    def select(self, view: VisualTokens) -> Selection:
+    @property
+    def ascending(self) -> bool:
+        """Whether centres come in raster order; the released code feeds them by falling attention."""
+        return self.order == "ascending"
+
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Centres in `kept`, attention in `scores`, and `(k + 1, c)` merged features, the residual token last.
 
         Raises:
-            UserError: a tower without CLS token, or a count that leaves no room for a centre and the residual token.
+            UserError: a count that leaves no room for a centre and the residual token.
         """
-        check_needs(view, self)
         attention = view.cls_attention.float()
         centres = self._centres(attention)
         if self.order == "ascending":
             centres = centres.sort().values
         return Selection(centres, attention, features=merge(view, centres, self.neighbours))
 
-    def count(self, view: VisualTokens) -> int:
+    def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
         """Centres and the residual token, without merging anything."""
-        check_needs(view, self)
         return self._count(count_outliers(view.cls_attention), len(view)) + 1
 
     def evidence(self, view: VisualTokens) -> Tensor | None:
         """The view's outliers and its native tokens, `(2,)` float32."""
         import torch
 
-        check_needs(view, self)
         return torch.tensor([count_outliers(view.cls_attention), len(view)], dtype=torch.float32)
 
     def retained(self, evidence: Any) -> int:
@@ -149,10 +158,12 @@ class PruMergePlus(PruMerge):
     """
 
     name: ClassVar[str] = "prumerge_plus"
+    label: ClassVar[str] = "PruMerge+"
+    summary: ClassVar[str] = "by CLS attention and a grid"
+    fits_mean: ClassVar[bool] = False
 
-    def count(self, view: VisualTokens) -> int:
+    def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
         """Centres, those of the grid included, and the residual token, without merging anything."""
-        check_needs(view, self)
         return len(self._centres(view.cls_attention.float())) + 1
 
     def evidence(self, view: VisualTokens) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.base import Pruner, VisualTokens
 from rcb_lmms.pruners.checks import check_budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,17 @@ class RandomPruning(Pruner):
     seed: int = 42
 
     name: ClassVar[str] = "random"
+    label: ClassVar[str] = "Random"
+    summary: ClassVar[str] = "by `seed`"
 
     def __post_init__(self) -> None:
         check_budget(self, "tokens", "ratio")
 
-    def select(self, view: VisualTokens) -> Selection:
-        """Scores are the draws with their sign turned: the larger, the sooner kept."""
+    def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
+        """Score every token by a draw with its sign turned, `(n,)` float32: the smallest draws stay."""
         import torch
 
         digest = hashlib.sha256(f"{self.seed}:{view.key}".encode()).digest()
         # A generator of the CPU also for tensors of a GPU: the two give different numbers for one seed.
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        draws = torch.rand(len(view), generator=generator)
-        kept = draws.argsort(stable=True)[: self.budget.count(len(view))].sort().values
-        return Selection(kept.to(view.features.device), -draws.to(view.features.device))
+        return -torch.rand(len(view), generator=generator).to(view.features.device)

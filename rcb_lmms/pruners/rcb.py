@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,10 +48,14 @@ class RCB(Pruner):
     tie_mode: str = "exact"
 
     name: ClassVar[str] = "rcb"
+    label: ClassVar[str] = "RCB"
+    summary: ClassVar[str] = "by the codebook, image by image"
+    budgets: ClassVar[tuple[str, ...]] = ("threshold", "tokens", "ratio")
+    official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"llava_onevision": {"variant": "double_softmax"}}
     paper: ClassVar[str] = "Redundancy Codebook, Algorithm 2"
 
     def __post_init__(self) -> None:
-        check_budget(self, "threshold", "tokens", "ratio", None)
+        check_budget(self, *self.budgets, None)
         check_choice("an rcb variant", self.variant, ("max_cosine", "double_softmax"))
         check_choice("a score dtype", self.score_dtype, ("float32", "float16", "bfloat16"))
         check_choice("a tie mode", self.tie_mode, ("exact", "official"))
@@ -65,18 +70,32 @@ class RCB(Pruner):
         if isinstance(self.codebook, (str, Path)):
             object.__setattr__(self, "codebook", Codebook.load(self.codebook))
 
-    def select(self, view: VisualTokens) -> Selection:
+    @property
+    def fits_mean(self) -> bool:
+        """Whether a threshold decides; the softmax of the other variant has counts alone."""
+        return self.variant == "max_cosine"
+
+    def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
+        """Score every token by minus its redundancy, `(n,)` float32."""
+        return -self.redundancy(view)
+
+    def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
+        """Count the tokens that the budget and `min_keep` leave: every rule keeps a beginning of the order of scores.
+
+        Raises:
+            UserError: no budget.
+        """
+        check_budget(self, *self.budgets)
+        return self.retained(self.redundancy(view) if scores is None else -scores)
+
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """The least redundant tokens in raster order; scores are minus the redundancy.
 
         Raises:
             UserError: no budget, a budget above the view, or a codebook of another width.
         """
-        check_budget(self, "threshold", "tokens", "ratio")
-        redundancy = self.redundancy(view)
-        count = self.retained(redundancy)
-        # Every rule keeps a beginning of this order, so that a count says everything.
-        kept = redundancy.argsort(stable=True)[:count].sort().values
-        return Selection(kept, -redundancy, forced=count - self._passing(redundancy))
+        chosen = super().select(view)
+        return replace(chosen, forced=len(chosen) - self._passing(-chosen.scores))
 
     def redundancy(self, view: VisualTokens) -> Tensor:
         """The redundancy of every token, `(n,)` float32, at most 1; needs no budget.

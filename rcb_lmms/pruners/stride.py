@@ -19,11 +19,14 @@ class Stride(Pruner):
     """
 
     name: ClassVar[str] = "stride"
+    label: ClassVar[str] = "Stride"
+    summary: ClassVar[str] = "evenly spaced"
+    pools_views: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_budget(self, "tokens", "ratio")
 
-    def select(self, view: VisualTokens) -> Selection:
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Scores are 1 for the tokens that stay and 0 for the others."""
         import torch
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.generation import layer_rank, left_pad
+from rcb_lmms.engine.generation import layer_step, left_pad
 from rcb_lmms.engine.layer_pruning import prune_at_layer
-from rcb_lmms.engine.selection import select
-from rcb_lmms.pruners.fastv import FastV
+from rcb_lmms.pruners.views import choose_views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,29 +103,29 @@ def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: li
         ids: token ids of the prompt, as `Family.chat` gives them.
         visuals: opened images and videos.
     """
-    if isinstance(pruner, FastV):
+    if pruner.stage == "layers":
         prompt = encoder.family.embed(ids, encoder.packed(visuals, pruner))
         return [_kept_behind_layer(encoder.family, pruner, prompt, encoder.per)] if prompt.spans else []
     threshold = None
     if pruner.budget is not None and pruner.budget.kind == "threshold":
         threshold = -pruner.budget.value  # scores are minus the redundancy that the budget bounds
-    selections = [own for views in encoder.views(visuals, pruner) for own in select(pruner, views, encoder.per)]
+    selections = [own for views in encoder.views(visuals, pruner) for own in choose_views(pruner, views, encoder.per)]
     return [
         KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))
         for own in selections
     ]
 
 
-def _kept_behind_layer(family: Family, pruner: FastV, prompt: Prompt, per: str) -> KeptSet:
+def _kept_behind_layer(family: Family, pruner: Pruner, prompt: Prompt, per: str) -> KeptSet:
     """FastV's choice for one prompt, positions counted among its visual tokens; one prefill."""
     import torch
 
-    rank = layer_rank(pruner, prompt, family.layers, per)
+    step = layer_step(pruner, prompt, family.layers, per)
     embeds, mask, _ = left_pad([prompt])
     with (
         torch.inference_mode(),
         prune_at_layer(
-            family.model, layer=pruner.layer, keep=rank, spans=[list(prompt.spans)], mode=pruner.mode
+            family.model, layer=step.layer, keep=step.keep, spans=[list(prompt.spans)], mode=pruner.mode
         ) as pruning,
     ):
         family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)

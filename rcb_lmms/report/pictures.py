@@ -13,8 +13,6 @@ from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual, central_square_region
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner, VisualTokens
-from rcb_lmms.pruners.downsample import Downsample
-from rcb_lmms.pruners.fastv import FastV
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,9 +113,7 @@ def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QU
     Raises:
         UserError: a method that keeps none of the image's own tokens.
     """
-    from rcb_lmms.engine.encoding import select
-
-    if isinstance(pruner, Downsample):
+    if pruner.stage == "pixels":
         raise UserError(
             wanted="draw the tokens that downsample keeps",
             found="a method that makes the whole image smaller, so that each of its tokens is a new one",
@@ -125,23 +121,23 @@ def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QU
             next_step="leave downsample out",
         )
     (view,) = family.encode([Visual((image,), "base")], pruner.needs)[0]
-    if isinstance(pruner, FastV):
+    if pruner.stage == "layers":
         return Kept(_kept_in_decoder(family, pruner, view, question))
-    (selection,) = select(pruner, [view])
+    selection = pruner.choose(view)
     return Kept(selection.kept.cpu().numpy(), made=len(selection) - len(selection.kept))
 
 
-def _kept_in_decoder(family: Family, pruner: FastV, view: VisualTokens, question: str) -> np.ndarray:
+def _kept_in_decoder(family: Family, pruner: Pruner, view: VisualTokens, question: str) -> np.ndarray:
     import torch
 
     from rcb_lmms.engine import prune_at_layer
 
     prompt = family.embed(family.prompt(question), [family.pack_base(view.features)])
     ((start, stop),) = prompt.spans
-    rank = pruner.rank(stop - start, family.layers)
+    (step,) = pruner.schedule(stop - start, family.layers)
     with (
         torch.inference_mode(),
-        prune_at_layer(family.model, layer=pruner.layer, keep=rank, spans=[[(start, stop)]]) as pruning,
+        prune_at_layer(family.model, layer=step.layer, keep=step.keep, spans=[[(start, stop)]]) as pruning,
     ):
         family.model(inputs_embeds=prompt.embeds[None], use_cache=False, logits_to_keep=1)
     return (pruning.kept[0] - start).numpy()

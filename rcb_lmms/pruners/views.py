@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_needs
 
@@ -15,21 +15,25 @@ logger = logging.getLogger(__name__)
 PER = ("view", "image")
 
 
-def select(pruner: Pruner, views: Sequence[VisualTokens], per: str = "view") -> list[Selection]:
+def choose_views(
+    pruner: Pruner, views: Sequence[VisualTokens], per: str = "view", question: str | None = None
+) -> list[Selection]:
     """One `Selection` per view of an image.
 
-    Under `per="image"` the views compete for the budget as one. PruMerge cannot compare views, since the attention of a
-    CLS token adds up to one in each: its counts are spread evenly over them, the first ones get what is left over.
+    Under `per="image"` the views compete for the budget as one. Where a method cannot compare views (PruMerge), its
+    counts are spread evenly over them, the first ones get what is left over.
     """
     for view in views:
         check_needs(view, pruner)
     if per == "view" or len(views) == 1:
-        selections = [pruner.select(view) for view in views]
-    elif compares_views(pruner):
-        selections = _apart(pruner.select(joined(views)), views)
+        selections = [pruner.choose(view, question) for view in views]
+    elif pruner.pools_views:
+        selections = _apart(pruner.choose(joined(views), question), views)
     else:
         budgets = [pruner.budget] * len(views) if pruner.budget is None else pruner.budget.split(len(views))
-        selections = [replace(pruner, budget=own).select(view) for own, view in zip(budgets, views, strict=True)]
+        selections = [
+            replace(pruner, budget=own).choose(view, question) for own, view in zip(budgets, views, strict=True)
+        ]
     if forced := sum(selection.forced for selection in selections):
         logger.warning(
             "%s under %s keeps too little of an image: min_keep adds %d tokens (min_keep=0 is the released behaviour)",
@@ -40,17 +44,17 @@ def select(pruner: Pruner, views: Sequence[VisualTokens], per: str = "view") -> 
     return selections
 
 
-def compares_views(pruner: Pruner) -> bool:
-    """Whether scores of different views mean the same: not where the tower's CLS token gives them, view by view."""
-    return not pruner.needs
-
-
 def joined(views: Sequence[VisualTokens]) -> VisualTokens:
     """All views of an image as one row of tokens."""
     import torch
 
-    features = torch.cat([view.features for view in views])
-    return VisualTokens(features, (1, len(features)), key=" ".join(view.key for view in views))
+    tensors = {
+        field.name: torch.cat([getattr(view, field.name) for view in views])
+        for field in fields(VisualTokens)
+        if all(isinstance(getattr(view, field.name), torch.Tensor) for view in views)
+    }
+    count = len(tensors["features"])
+    return VisualTokens(grid=(1, count), key=" ".join(view.key for view in views), **tensors)
 
 
 def _apart(selection: Selection, views: Sequence[VisualTokens]) -> list[Selection]:
