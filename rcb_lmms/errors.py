@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -35,6 +35,20 @@ def _rebuild(kind: type[UserError], wanted: str, found: str, allowed: str, next_
 
 class BudgetError(UserError):
     """A budget that cannot be met, or a method that broke its own: it ends the run instead of failing one sample."""
+
+
+def choose(argument: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`, if allowed.
+
+    Raises:
+        UserError: naming the allowed values.
+    """
+    if value not in allowed:
+        options = ", ".join(allowed)
+        raise UserError(
+            wanted=f"{argument}={value}", found="no such choice", allowed=options, next_step=f"choose one of: {options}"
+        )
+    return value
 
 
 # Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,17 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         for line in handle:
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
+
+
+def no_file(path: str | Path) -> str | None:
+    """Why `path` is no file that can be read to its end; opening a pipe, for one, would wait for a writer forever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        return getattr(error, "strerror", None) or str(error)
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
 def sha256_of(path: str | Path) -> str:

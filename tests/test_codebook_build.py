@@ -299,7 +299,7 @@ class FakeFamily(Family):
     def pad_embedding(self):
         return self.model.table[0].detach()
 
-    def _encode(self, visuals, needs, size):
+    def encode(self, visuals, needs=(), size=None):
         assert size is None
         assert needs == {"cls_similarity"}
         assert {visual.role for visual in visuals} == {"base"}
@@ -308,7 +308,7 @@ class FakeFamily(Family):
         views = [torch.cat([rows / 100, (rows / 50).sin()], dim=-1) for rows in pixels]
         return [[VisualTokens(rows, (4, 4), cls_similarity=rows[:, 3]), None] for rows in views]
 
-    def project(self, encoder_features):
+    def pixels(self, visual):
         raise NotImplementedError
 
     def pack(self, views, visual=None, *, whole=False):
@@ -471,8 +471,8 @@ def test_half_precision_tokens_stay_half_precision(tmp_path, images):
     class Half(FakeFamily):
         dtype = torch.float16
 
-        def _encode(self, visuals, needs, size):
-            views = super()._encode(visuals, needs, size)
+        def encode(self, visuals, needs=(), size=None):
+            views = super().encode(visuals, needs, size)
             return [[replace(view, features=view.features.to(self.dtype))] for view, _ in views]
 
         def pack_base(self, tokens):

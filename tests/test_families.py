@@ -114,7 +114,7 @@ def test_the_vicuna_template_adds_the_original_system_prompt(checkpoint):
 
 def test_pad_preset_shows_the_whole_image_on_a_square_of_the_mean_colour(checkpoint):
     wide = Image.new("RGB", (80, 40), "red")
-    square = pad_to_square(wide, (1, 2, 3))
+    square = pad_to_square(wide, (1 / 255, 2 / 255, 3.4 / 255))
     assert square.size == (80, 80)
     assert square.getpixel((5, 5)) == (1, 2, 3)
     assert square.getpixel((5, 20)) == square.getpixel((5, 59)) == (255, 0, 0)
@@ -160,6 +160,32 @@ def test_unreadable_images_name_the_file(tmp_path, monkeypatch):
     for name in ("empty.png", "cut.png", "absent.png"):
         with pytest.raises(UserError, match=name):
             as_rgb(tmp_path / name)
+
+
+def test_gigantic_images_are_refused_before_they_are_decoded(tmp_path):
+    import os
+    import struct
+    import time
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(bytes(10)), b"IEND")
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    os.mkfifo(tmp_path / "pipe.png")
+    begun = time.monotonic()
+    for image, found in (
+        (tmp_path / "bomb.png", "60000|3600000000"),
+        (Image.new("1", (20_000, 10_000)), "20000 x 10000 pixels"),
+        (tmp_path / "pipe.png", "a pipe"),
+        (tmp_path, "a folder"),
+        (tmp_path / ("x" * 300), "too long"),
+    ):
+        with pytest.raises(UserError, match=found):
+            as_rgb(image)
+    with pytest.raises(UserError, match="40000 x 40000 pixels"):
+        pad_to_square(Image.new("RGB", (40_000, 2)), (0, 0, 0))
+    assert time.monotonic() - begun < 2
 
 
 def test_content_keys_name_pixels_not_objects():

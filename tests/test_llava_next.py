@@ -19,6 +19,7 @@ from rcb_lmms.codebook.settings import settings_for
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import default_codebook, load_family
 from rcb_lmms.families.images import Visual
+from rcb_lmms.families.tiles import padding
 from rcb_lmms.pruners.base import Selection
 from rcb_lmms.pruners.prumerge import PruMerge
 from rcb_lmms.pruners.random import RandomPruning
@@ -80,20 +81,38 @@ def test_keeping_everything_of_several_images_gives_the_unpruned_model(make):
 # Hugging Face, (4 - 3) // 2 = 0 are cut. The original code truncates to 2 and cuts one on both sides.
 # 30 x 300 on 3 x 1 tiles, 12 x 4 tokens: int(30 * 12 / 300) = 1 column, (4 - 1) // 2 = 1 cut on both sides: 2 stay.
 @pytest.mark.parametrize(
-    ("size", "columns_of_tiles", "views", "rows", "columns"),
+    ("size", "columns_of_tiles", "views", "rows", "columns", "original"),
     [
-        ((704, 396), 2, 5, range(2, 6), range(8)),
-        ((80, 60), 2, 5, range(1, 7), range(8)),
-        ((30, 300), 1, 4, range(12), range(1, 3)),
-        ((188, 47), 3, 4, range(4), range(12)),
+        ((704, 396), 2, 5, range(2, 6), range(8), False),
+        ((80, 60), 2, 5, range(1, 7), range(8), False),
+        ((30, 300), 1, 4, range(12), range(1, 3), False),
+        ((188, 47), 3, 4, range(4), range(12), False),
+        ((188, 47), 3, 4, range(1, 3), range(12), True),
+        ((80, 60), 2, 5, range(1, 7), range(8), True),
     ],
 )
-def test_native_packing_by_hand(make, size, columns_of_tiles, views, rows, columns):
-    family = make(pack="spatial_unpad")
+def test_native_packing_by_hand(make, size, columns_of_tiles, views, rows, columns, original):
+    family = make(pack="spatial_unpad", original=original)
     image = family.pack_selected(*tiled.marked(views), Visual((Image.new("RGB", size),)))
     assert tiled.names(family, image) == tiled.names_in_rows(rows, columns, columns_of_tiles)
     assert image.native == image.retained == 16 + len(rows) * len(columns)
     assert len(image.rows.newlines) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "plane", "original", "converted"),
+    [
+        # 396 * (48 / 704) is 27, but comes out as 26.999999999999996: (48 - 26) // 2 and (48 - 27) // 2.
+        ((704, 396), (48, 48), (11, 0), (10, 0)),
+        ((396, 704), (48, 48), (0, 11), (0, 10)),
+        # 110 * (48 / 176) is 30, and again just below.
+        ((110, 176), (48, 48), (0, 9), (0, 9)),
+        ((640, 480), (48, 48), (6, 0), (6, 0)),
+    ],
+)
+def test_the_original_code_truncates_where_hugging_face_rounds(size, plane, original, converted):
+    assert padding(size, plane, exact=True) == original
+    assert padding(size, plane, exact=False) == converted
 
 
 # Flat packing

@@ -331,8 +331,8 @@ def test_a_video_is_one_visual(make, tmp_path):
     family.reader = VideoReader(max_frames=4)
     (visual,) = family.open_video(tmp_path)
     assert (visual.role, len(visual.frames)) == ("video", 4)
-    # Frames 1 to 12: size 2.75, 1 + 1.375 + 0, 3, 6, 8.
-    assert [frame.getpixel((0, 0))[0] // 20 for frame in visual.frames] == [2, 5, 8, 10]
+    # Positions 1 to 11: size 2.5, 1 + 1.25 + 0, 2, 5, 8.
+    assert [frame.getpixel((0, 0))[0] // 20 for frame in visual.frames] == [3, 5, 8, 11]
 
 
 def test_options_pass_through_loading(checkpoint):

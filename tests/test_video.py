@@ -59,12 +59,12 @@ def test_the_choice_of_frames_is_mvbenchs(bound, fps):
         for segments in (1, 4, 16):
             for first in (0, 1):
                 begin, end = bound or (None, None)
-                if bound and round(begin * fps) > count - 1 + first:
+                if bound and round(begin * fps) > count - 1:
                     continue
-                expected = literal_indices(bound, fps, count - 1 + first, first, segments)
+                expected = literal_indices(bound, fps, count - 1, first, segments)
                 found = frame_indices(count, fps, begin, end, segments, first)
                 assert found == expected
-                assert first <= min(found) <= max(found) <= count - 1 + first
+                assert first <= min(found) <= max(found) < count
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,19 @@ def write_folder(folder, count, name="{}.jpg"):
     return folder
 
 
-def test_folders_are_read_by_number_at_three_frames_a_second(tmp_path):
-    folder = write_folder(tmp_path / "frames", 48)
-    # Counted from 1: frames 1 to 48, size 11.75.
-    assert numbers(VideoReader(max_frames=4).read(folder)) == [6, 18, 30, 41]
-    # Seconds 2 to 6 are frames 6 to 18: size 3.
-    assert numbers(VideoReader(max_frames=4).read(folder, 2, 6)) == [7, 10, 13, 16]
-
-
-def test_folders_with_few_frames_give_each_once(tmp_path):
-    folder = write_folder(tmp_path / "few", 3, "frame_{}_b.PNG")
-    assert numbers(VideoReader(max_frames=16).read(folder)) == [1, 2, 3]
+@pytest.mark.parametrize("bound", [None, (2, 6), (0, 3.2), (11, 100)])
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 48])
+def test_folders_are_read_as_the_release_reads_them(tmp_path, bound, count):
+    """Its numbers count from 1 and are taken for positions in a listing from 0, each once: here a sorted listing."""
+    folder = write_folder(tmp_path / "frames", count, "frame_{}_b.PNG")
+    begin, end = bound or (None, None)
+    if bound and round(3 * begin) > count - 1:
+        with pytest.raises(UserError, match=f"{count} frames at 3 per second"):
+            VideoReader().read(folder, begin, end)
+        return
+    expected = sorted(set(literal_indices(bound, 3, count - 1, 1, 16)))
+    listing = list(range(1, count + 1))
+    assert numbers(VideoReader().read(folder, begin, end)) == [listing[position] for position in expected]
 
 
 def test_unreadable_videos_name_the_file(tmp_path):
@@ -204,7 +206,7 @@ def test_backends_that_are_not_installed_say_how_to_get_them(tmp_path, monkeypat
     reader = VideoReader()  # images need none
     with pytest.raises(UserError, match=r"pip install av$"):
         reader.read(write_video(tmp_path / "video.mp4"))
-    assert numbers(reader.read(write_folder(tmp_path / "frames", 2))) == [1, 2]
+    assert numbers(reader.read(write_folder(tmp_path / "frames", 3))) == [2, 3]
 
 
 def test_arguments_are_checked():

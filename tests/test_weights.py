@@ -104,6 +104,7 @@ def test_the_commands_stop(damaged, codebook_file, pope_tree, tmp_path, monkeypa
     assert isinstance(done.exception, UserError)
     assert done.exception.found.startswith("4 missing: model.multi_modal_projector")
     monkeypatch.chdir(pope_tree)
+    monkeypatch.setattr("rcb_lmms.errors.exit_at_once", False)  # which the console script sets for good
     arguments = f"pretrained={folder},codebook={codebook_file},threshold=0.2"
     monkeypatch.setattr(
         "sys.argv", ["lmms_eval", "--model", "llava_rcb", "--model_args", arguments, "--tasks", "pope", "--limit", "2"]

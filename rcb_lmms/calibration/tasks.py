@@ -58,8 +58,8 @@ def calibrate_tasks(
     """
     from rcb_lmms.calibration.passes import BATCH_FRAMES
     from rcb_lmms.engine.encoding import ImageEncoder
+    from rcb_lmms.errors import choose
     from rcb_lmms.families import default_codebook, family_of, load_family
-    from rcb_lmms.families.base import choose
     from rcb_lmms.models import entry_id
     from rcb_lmms.models.processes import join_processes
     from rcb_lmms.pruners import make_pruner

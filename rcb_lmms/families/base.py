@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import choose
 from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.families.packed import PackedImage, Prompt, Rows
-from rcb_lmms.families.sizes import Size
+from rcb_lmms.families.prompts import embedded, interleave, token_ids
+from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.templates import TEMPLATES
+from rcb_lmms.families.towers import optional_fields
+from rcb_lmms.families.video import VideoReader
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -19,11 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-IMAGE_PLACEHOLDER = "<image>"
-
 
 class Family(ABC):
-    """One model family: its views, its packing, its prompt.
+    """One model family: its views, its packing, its prompt. A further family implements `pixels` and states its facts.
 
     Class attributes:
         name: as in model ids (`llava`, `llava_next`, `llava_onevision`).
@@ -31,11 +33,11 @@ class Family(ABC):
         checkpoint: the public checkpoint an entry means when it names none.
         codebook: id of the codebook released for that checkpoint.
         preprocessing: names of the presets, the paper's first.
+        geometry: preset -> where a base view lies on the image: `centre_crop`, `padded_square` or `stretched`.
         paper_template: name of the chat template of the paper's numbers; `checkpoint`, the checkpoint's own, is the
             other choice.
-        geometry: preset -> where a base view lies on the image: `centre_crop`, `padded_square` or `stretched`.
-        options: keyword arguments of the class that only this family has; they are model_args of its entries.
         provides: optional fields of `VisualTokens` its tower can fill in.
+        options: keyword arguments of the class that only this family has; they are model_args of its entries.
         several: role of each image when a prompt has more than one.
         tower_batch: views per call of the vision tower, whose memory it bounds; an instance's is halved when memory
             runs out.
@@ -50,12 +52,12 @@ class Family(ABC):
     preprocessing: ClassVar[tuple[str, ...]]
     geometry: ClassVar[dict[str, str]]
     paper_template: ClassVar[str]
+    provides: ClassVar[frozenset[str]]
     options: ClassVar[tuple[str, ...]] = ()
-    provides: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
     several: ClassVar[str] = "image"
     tower_batch: int = 16
     single_repeats: ClassVar[int] = 1
-    pad_token_id: ClassVar[int] = 0
+    pad_token_id: int = 0
 
     def __init__(
         self,
@@ -66,16 +68,21 @@ class Family(ABC):
         fingerprint: str = "",
         preprocess: str | None = None,
         template: str = "checkpoint",
+        original: bool = False,
+        reader: VideoReader | None = None,
     ):
-        from rcb_lmms.families.video import VideoReader
-
         self.model, self.processor = model, processor
-        self.reader = VideoReader()
+        self.reader = reader or VideoReader()
         self.tokenizer = processor.tokenizer
         self.pretrained, self.fingerprint = pretrained, fingerprint
+        # In the original layout: where that code and Hugging Face's differ, the original's result is wanted.
+        self.original = original
         self.revision = getattr(model.config, "_commit_hash", None)
         self.preprocess = choose("preprocess", preprocess or self.preprocessing[0], self.preprocessing)
         self.template = choose("template", template, ("checkpoint", self.paper_template))
+        vision = model.config.vision_config
+        self.side_px, self.patch_px = vision.image_size, vision.patch_size
+        self.grid = (self.side_px // self.patch_px,) * 2
 
     @property
     def device(self) -> Any:
@@ -98,16 +105,25 @@ class Family(ABC):
         return self.model.config.get_text_config().hidden_size
 
     @property
+    def has_cls(self) -> bool:
+        """Whether the tower has one more token than patches; SigLIP has none."""
+        return self.model.config.vision_feature_select_strategy == "default"
+
+    @property
     def pad_embedding(self) -> Tensor:
-        """`(d,)` embedding that replaces an ablated token, by explicit id: conversions add pad tokens of their own."""
-        return self.model.get_input_embeddings().weight[self.pad_token_id].detach()
+        """`(d,)` embedding that replaces an ablated token, by explicit id: conversions add pad tokens of their own.
+
+        A vocabulary without that id is not the public checkpoint's; the laboratory's keep an empty slot at 0.
+        """
+        table = self.model.get_input_embeddings().weight
+        return table[self.pad_token_id if self.pad_token_id < len(table) else 0].detach()
 
     # Images
 
     def encode(
         self, visuals: Sequence[Visual | Image], needs: Iterable[str] = (), size: Size | None = None
     ) -> list[list[VisualTokens]]:
-        """Views of every visual in packing order; the vision tower is given all views in one batch.
+        """Views of every visual in packing order; the vision tower is given `tower_batch` of all views at a time.
 
         Args:
             visuals: a plain RGB image is taken in the role `image`.
@@ -115,16 +131,55 @@ class Family(ABC):
             size: how large the tokens' grid of a view is to be, if not as large as the tower was trained for. Its
                 position embeddings are then interpolated.
         """
+        import torch
+
         opened = [item if isinstance(item, Visual) else Visual((item,)) for item in visuals]
-        return self._encode(opened, set(needs), size)
+        grids: list[tuple[int, int]] = []
+
+        def views() -> Iterator[tuple[int, Tensor]]:
+            for number, visual in enumerate(opened):
+                pixels = self.pixels(visual)
+                grids.append(self.grid if size is None else self.tower_grid(visual, size, len(pixels)))
+                yield from ((number, view) for view in resized(pixels, grids[-1], self.grid, self.patch_px))
+
+        encoded: list[list[dict[str, Tensor]]] = [[] for _ in opened]
+        with torch.inference_mode():
+            for chunk in batches(views(), self.tower_batch, lambda numbered: numbered[1]):
+                fields = self._tokens(torch.stack([view for _, view in chunk]), set(needs), size is not None)
+                for row, (number, _) in enumerate(chunk):
+                    encoded[number].append({name: rows[row] for name, rows in fields.items()})
+            return [self.views(*parts) for parts in zip(opened, encoded, grids, strict=True)]
 
     @abstractmethod
-    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
-        """See `encode`."""
+    def pixels(self, visual: Visual) -> Tensor:
+        """Pixels of a visual's views in packing order, `(v, 3, side, side)`, as the tower reads them."""
 
-    @abstractmethod
+    def tower_grid(self, visual: Visual, size: Size, views: int) -> tuple[int, int]:
+        """Rows and columns of patches at which the tower sees the views, so that their tokens have the wanted size."""
+        return size(self.grid, views)
+
+    def _tokens(self, pixels: Tensor, needs: set[str], interpolate: bool) -> dict[str, Tensor]:
+        """Tensors of `VisualTokens` by name, for views `(b, 3, h, w)`."""
+        tower = self.model.model.vision_tower
+        output = tower(
+            pixels.to(self.device, self.dtype), output_hidden_states=True, interpolate_pos_encoding=interpolate
+        )
+        hidden = output.hidden_states[self.model.config.vision_feature_layer]
+        patches = hidden[:, 1:] if self.has_cls else hidden
+        return {"features": self.project(patches), **optional_fields(tower, hidden, self.has_cls, needs)}
+
+    def views(self, visual: Visual, fields: list[dict[str, Tensor]], grid: tuple[int, int]) -> list[VisualTokens]:
+        """Views of one visual from the tensors of each."""
+        key, native = visual.key, math.prod(self.grid)
+        keys = [key] if len(fields) == 1 else [f"{key}-{number}" for number in range(len(fields))]
+        return [VisualTokens(grid=grid, key=own, native=native, **f) for own, f in zip(keys, fields, strict=True)]
+
     def project(self, encoder_features: Tensor) -> Tensor:
-        """`(r, c)` tower features to `(r, d)` language-model embeddings."""
+        """`(..., c)` tower features to `(..., d)` language-model embeddings."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.model.multi_modal_projector(encoder_features)
 
     def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
         """Kept tokens of a visual's views, each `(k, d)`, as one sequence. Newline policies override this.
@@ -142,28 +197,23 @@ class Family(ABC):
         self, views: Sequence[VisualTokens], selections: Sequence[Selection], visual: Visual | None = None
     ) -> PackedImage:
         """Apply one `Selection` per view and pack what stays."""
-        kept = [
-            view.features[selection.kept.to(view.features.device)]
-            if selection.features is None
-            else self.project(selection.features.to(self.device, self.dtype))
-            for view, selection in zip(views, selections, strict=True)
-        ]
-        whole = all(
-            selection.features is None and len(selection) == (view.native or len(view))
-            for view, selection in zip(views, selections, strict=True)
-        )
+        kept, whole = [], True
+        for view, selection in zip(views, selections, strict=True):
+            if selection.features is None:
+                kept.append(view.features[selection.kept.to(view.features.device)])
+                whole &= len(selection) == (view.native or len(view))
+            else:
+                kept.append(self.project(selection.features.to(self.device, self.dtype)))
+                whole = False
         rows = self.pack(kept, visual, whole=whole)
         retained = len(rows) - len(rows.newlines)
-        native = self.native_tokens(views, visual, packed=retained if whole else None)
+        # A packing that cuts padding off has fewer tokens than its views before anything is pruned.
+        native = retained if whole else sum(view.native or len(view) for view in views)
         return PackedImage(rows, native, retained, len(views), encoded=sum(map(len, views)))
 
     def pack_base(self, tokens: Tensor) -> PackedImage:
         """One base view of tokens `(k, d)` as they are: what the codebook's experiments and pictures show the model."""
         return PackedImage(self.pack([tokens]), len(tokens), len(tokens))
-
-    def native_tokens(self, views: Sequence[VisualTokens], visual: Visual | None, packed: int | None) -> int:
-        """Visual tokens before pruning; `packed` is what the packing made of them if nothing was pruned."""
-        return sum(view.native or len(view) for view in views) if packed is None else packed
 
     def open(self, image: Any, role: str = "image") -> Visual:
         """An image ready for `encode`: a PIL image, a path, or an open file.
@@ -194,11 +244,12 @@ class Family(ABC):
         Args:
             messages: Hugging Face chat messages; `{"type": "image"}` items mark where images stand.
         """
-        options = {} if self.template == "checkpoint" else {"chat_template": TEMPLATES[self.template]}
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-        bos = self.tokenizer.bos_token
-        # Templates that write the BOS token themselves would get a second one from the tokenizer.
-        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        if self.template != "checkpoint":
+            options["chat_template"] = TEMPLATES[self.template]
+        return token_ids(
+            self.tokenizer, lambda written: self.processor.apply_chat_template(written, **options), messages
+        )
 
     def prompt(self, text: str, images: int = 1) -> list[int]:
         """Token ids of a one-turn conversation with `images` images before `text`."""
@@ -212,68 +263,6 @@ class Family(ABC):
         """
         import torch
 
+        marks = {getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")}
         tokens = torch.tensor(ids, device=self.device)
-        marks = [getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")]
-        marks = torch.tensor([mark for mark in marks if mark is not None], device=self.device)
-        placeholders = torch.isin(tokens, marks).nonzero().flatten().tolist()
-        if len(placeholders) != len(images):
-            raise UserError(
-                wanted=f"a prompt for {len(images)} images",
-                found=f"{len(placeholders)} image placeholders in its text",
-                allowed="one placeholder per image",
-                next_step="check the task's prompt and the checkpoint's chat template",
-            )
-        with torch.no_grad():
-            embeds = self.model.get_input_embeddings()(tokens)
-        rows, spans, done, length = [], [], 0, 0
-        for position, image in zip(placeholders, images, strict=True):
-            start = length + position - done
-            rows += [embeds[done:position], image.embeds.to(embeds)]
-            done, length = position + 1, start + len(image.rows)
-            spans += image.rows.runs(start)
-        rows.append(embeds[done:])
-        return Prompt(
-            torch.cat(rows),
-            tuple(spans),
-            native=sum(image.native for image in images),
-            retained=sum(image.retained for image in images),
-            newlines=sum(len(image.rows.newlines) for image in images),
-            views=sum(image.views for image in images),
-            visuals=len(images),
-            prefix=length,
-            encoded=sum(image.encoded for image in images),
-        )
-
-
-def interleave(text: str, media: Sequence[str]) -> list[dict[str, str]]:
-    """Chat content in which every `<image>` inside `text` stands for one of `media` (`image` or `video`), in order.
-
-    Media without a placeholder come first, placeholders without a medium are dropped (MuirBench and Mantis have
-    both kinds). Placed images stay inside the text: templates move image *items* to the front. A video is never
-    placed inside.
-    """
-    parts = text.split(IMAGE_PLACEHOLDER)
-    placed = min(len(parts) - 1, media.count("image"))
-    text = IMAGE_PLACEHOLDER.join(parts[: placed + 1]) + "".join(parts[placed + 1 :])
-    inside = placed
-    first = []
-    for medium in reversed(media):
-        if medium == "image" and inside:
-            inside -= 1
-        else:
-            first.insert(0, {"type": medium})
-    return [*first, {"type": "text", "text": text}]
-
-
-def choose(argument: str, value: str, allowed: Iterable[str]) -> str:
-    """`value`, if allowed.
-
-    Raises:
-        UserError: naming the allowed values.
-    """
-    if value not in allowed:
-        options = ", ".join(allowed)
-        raise UserError(
-            wanted=f"{argument}={value}", found="no such choice", allowed=options, next_step=f"choose one of: {options}"
-        )
-    return value
+        return embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)

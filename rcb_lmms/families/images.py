@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.files import no_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Past this aspect ratio, resizing the short side first would make an image of gigabytes for a crop of one square.
 MAX_ASPECT = 16
+# 300 MB as RGB, as much again for each copy.
+MAX_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -54,33 +57,54 @@ def as_rgb(image: Image | str | Path) -> Image:
     """An RGB image: files are opened, transparency is laid on white, CMYK and palettes are converted.
 
     Raises:
-        UserError: the file is missing, empty, cut off or no image.
+        UserError: the file is missing, empty, cut off or no image, or the image has more than `MAX_PIXELS`.
     """
     from PIL import Image as pil
 
-    name = str(image) if isinstance(image, (str, Path)) else "an image"
+    is_path = isinstance(image, (str, Path))
+    name = str(image) if is_path else "an image"
+    if is_path and (problem := no_file(image)):
+        raise _unreadable(name, problem)
     try:
         with whole_images_only():
-            opened = pil.open(image) if isinstance(image, (str, Path)) else image
+            opened = pil.open(image) if is_path else image
+            check_size(opened.size, name)
             opened.load()
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        raise UserError(
-            wanted=f"read {name}",
-            found=str(error) or type(error).__name__,
-            allowed="a complete image file that Pillow can read (PNG, JPEG, WebP, ...)",
-            next_step="remove or replace the file",
-        ) from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever their parsing runs into, struct.error and IndexError too
+        raise _unreadable(name, str(error) or type(error).__name__) from error
     if 0 in opened.size:
-        raise UserError(
-            wanted=f"read {name}",
-            found=f"an empty image of {opened.width} x {opened.height} pixels",
-            allowed="at least one pixel",
-            next_step="remove or replace the image",
-        )
+        raise _unreadable(name, f"an empty image of {opened.width} x {opened.height} pixels")
     if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
         rgba = opened.convert("RGBA")
         return pil.alpha_composite(pil.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return opened.convert("RGB")
+
+
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Refuse an image, before it is decoded, that would take gigabytes.
+
+    Raises:
+        UserError: more than `MAX_PIXELS`.
+    """
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            wanted=f"read {name}",
+            found=f"{width} x {height} pixels",
+            allowed=f"up to {MAX_PIXELS / 1e6:.0f} million pixels",
+            next_step="make the image smaller: the vision tower sees a few hundred thousand pixels of it",
+        )
+
+
+def _unreadable(name: str, found: str) -> UserError:
+    return UserError(
+        wanted=f"read {name}",
+        found=found,
+        allowed="a complete image file that Pillow can read (PNG, JPEG, WebP, ...), of at least one pixel",
+        next_step="remove or replace the image",
+    )
 
 
 @contextlib.contextmanager
@@ -113,13 +137,14 @@ def central_square_region(image: Image) -> Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def pad_to_square(image: Image, colour: tuple[int, int, int]) -> Image:
-    """The image centred on a square of `colour`, as LLaVA's own preprocessing (`image_aspect_ratio: pad`)."""
+def pad_to_square(image: Image, mean: Sequence[float]) -> Image:
+    """The image centred on a square of the `mean` colour (0 to 1), as LLaVA's own `image_aspect_ratio: pad`."""
     from PIL import Image as pil
 
     side = max(image.size)
     if image.width == image.height:
         return image
-    square = pil.new("RGB", (side, side), colour)
+    check_size((side, side), f"an image of {image.width} x {image.height} pixels padded to a square")
+    square = pil.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
-from rcb_lmms.families.clip import ClipFamily
+from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
-from rcb_lmms.families.sizes import Size, resized
-from rcb_lmms.pruners.base import VisualTokens
+from rcb_lmms.families.towers import WITH_CLS
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
 
-class Llava(ClipFamily):
+class Llava(Family):
     """LLaVA-1.5.
 
     Preprocessing presets: `rcb` resizes the short side and crops the centre, as the paper's evaluation did and the
@@ -28,38 +26,14 @@ class Llava(ClipFamily):
     preprocessing = ("rcb", "pad")
     geometry: ClassVar[dict[str, str]] = {"rcb": "centre_crop", "pad": "padded_square"}
     paper_template = "vicuna"
+    provides = WITH_CLS
 
-    def _encode(self, visuals: list[Visual], needs: set[str], size: Size | None) -> list[list[VisualTokens]]:
-        import torch
-
-        grid = self.grid if size is None else size(self.grid, 1)
-        pixels = self.processor.image_processor(
-            [self._prepare(visual.image) for visual in visuals], return_tensors="pt"
+    def pixels(self, visual: Visual) -> Tensor:
+        """See `Family.pixels`: one view."""
+        processor = self.processor.image_processor
+        image = (
+            central_square_region(visual.image)
+            if self.preprocess == "rcb"
+            else pad_to_square(visual.image, processor.image_mean)
         )
-        with torch.inference_mode():
-            output = self.model.get_image_features(
-                resized(pixels["pixel_values"], grid, self.grid, self.patch_px).to(self.device, self.dtype),
-                output_hidden_states=True,
-                return_dict=True,
-                interpolate_pos_encoding=size is not None,
-            )
-            hidden = output.hidden_states[self.model.config.vision_feature_layer]
-            fields = self.tower_fields(hidden, needs)
-        return [
-            [
-                VisualTokens(
-                    features,
-                    grid,
-                    key=visual.key,
-                    native=math.prod(self.grid),
-                    **{name: rows[i] for name, rows in fields.items()},
-                )
-            ]
-            for i, (visual, features) in enumerate(zip(visuals, output.pooler_output, strict=True))
-        ]
-
-    def _prepare(self, image: Image) -> Image:
-        if self.preprocess == "pad":
-            mean = self.processor.image_processor.image_mean
-            return pad_to_square(image, tuple(int(255 * channel) for channel in mean))
-        return central_square_region(image)
+        return processor([image], return_tensors="pt")["pixel_values"]

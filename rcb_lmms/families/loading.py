@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import Family, choose
+from rcb_lmms.errors import UserError, choose
+from rcb_lmms.families.base import Family
 from rcb_lmms.families.original import Original, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_template, family_class
 from rcb_lmms.families.video import VideoReader
@@ -69,17 +69,17 @@ def load_family(
     else:
         model, processor = _load_converted(place, device, loading)
     check_finite(model.state_dict().items(), pretrained)
-    loaded = chosen(
+    return chosen(
         model.eval().to(device),
         processor,
         pretrained=pretrained,
         fingerprint=_fingerprint(place.path, model.config),
         preprocess=preprocess,
         template=template or default_template(chosen.name, pretrained),
+        original=original is not None,
+        reader=reader,
         **own,
     )
-    loaded.reader = reader
-    return loaded
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import choose
+from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.images import as_rgb
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 # Backend -> module and the package it comes with.
 BACKENDS = {"pyav": ("av", "av"), "decord": ("decord", "decord"), "torchcodec": ("torchcodec", "torchcodec")}
-FOLDER_FPS = 3.0
+FOLDER_FPS, FOLDER_FIRST = 3.0, 1
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 # What a reader of files is asked for: indices of frames, given how many there are and how many a second.
@@ -40,13 +39,14 @@ def frame_indices(
         start: seconds, or `None` for the beginning.
         end: seconds, or `None` for the end.
         segments: how many frames.
-        first: number of the first frame: 0, or 1 where frames are counted from 1.
+        first: the first frame that may be chosen, counted from 0.
 
     Raises:
         UserError: no frame lies between `start` and `end`, or they are given without a frame rate.
     """
-    last = first + n_frames - 1
+    last = n_frames - 1
     bounded = start is not None or end is not None
+    first = max(0, min(first, last))
     low = first if start is None else max(first, round(start * fps))
     high = last if end is None else min(round(end * fps), last)
     if high < low or (bounded and fps <= 0):
@@ -78,9 +78,10 @@ class VideoReader:
     applied. Only the chosen frames are kept in memory. A cut-off file is refused where its container lets that be
     seen (MP4); others (Matroska, AVI) are read as far as they go.
 
-    A folder is read in the order of its names, numbers by value (`2.jpg` before `10.jpg`), at 3 frames per second,
-    counted from 1 and each frame once, as MVBench's evaluation does; the paper's code took whatever order the file
-    system listed, and its numbers as positions from 0.
+    A folder is read as the paper's code reads MVBench's: 3 frames a second, each chosen frame once, the first of all
+    never chosen (MVBench numbers frames from 1; that code takes the numbers for positions from 0). Differs: frames are
+    in the order of their names, numbers by value (`2.jpg` before `10.jpg`), where that code takes the order in which
+    the file system lists them.
 
     Attributes:
         backend: `pyav`, `decord` or `torchcodec`.
@@ -140,7 +141,7 @@ class VideoReader:
 
 def _read_folder(path: Path, chosen: Callable[..., list[int]]) -> tuple[Image, ...]:
     names = sorted((file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=_natural)
-    return tuple(as_rgb(names[number - 1]) for number in dict.fromkeys(chosen(len(names), FOLDER_FPS, 1)))
+    return tuple(as_rgb(names[position]) for position in dict.fromkeys(chosen(len(names), FOLDER_FPS, FOLDER_FIRST)))
 
 
 def _natural(path: Path) -> list[Any]:

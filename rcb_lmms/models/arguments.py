@@ -9,9 +9,8 @@ from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration.threshold_file import ThresholdFile
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families import Family, default_codebook, family_class
-from rcb_lmms.families.base import choose
 from rcb_lmms.families.tiles import PACKINGS
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id

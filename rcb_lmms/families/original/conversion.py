@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.errors import UserError
-from rcb_lmms.families.base import choose
+from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.original.layout import Original, model_config
 from rcb_lmms.families.original.processors import end_of_turn, load_tokenizer, make_processor, placeholder_ids
 from rcb_lmms.families.original.weights import TABLES, Stored, placed, read, stored_weights

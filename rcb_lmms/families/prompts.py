@@ -1,0 +1,116 @@
+"""From chat messages to the embeddings of a prompt: where images stand in a text, and what takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.families.packed import PackedImage, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_PLACEHOLDER = "<image>"
+# Videos are never placed inside a text: there, the mark is seven letters that somebody wrote.
+VIDEO_PLACEHOLDER = "<video>"
+# Stands for such letters while the chat template is applied: a private-use character, which no question has.
+WRITTEN = "\ue0f0"
+
+Messages = list[dict[str, Any]]
+
+
+def interleave(text: str, media: Sequence[str]) -> list[dict[str, str]]:
+    """Chat content in which every `<image>` inside `text` stands for one of `media` (`image` or `video`), in order.
+
+    Media without a placeholder come first, placeholders without a medium are dropped (MuirBench and Mantis have
+    both kinds). Placed images stay inside the text: templates move image *items* to the front.
+    """
+    parts = text.split(IMAGE_PLACEHOLDER)
+    placed = min(len(parts) - 1, media.count("image"))
+    text = IMAGE_PLACEHOLDER.join(parts[: placed + 1]) + "".join(parts[placed + 1 :])
+    inside = placed
+    first = []
+    for medium in reversed(media):
+        if medium == "image" and inside:
+            inside -= 1
+        else:
+            first.insert(0, {"type": medium})
+    return [*first, {"type": "text", "text": text}]
+
+
+def token_ids(
+    tokenizer: Any, render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]
+) -> list[int]:
+    """Token ids of a conversation in which a written `<video>` is text.
+
+    Args:
+        tokenizer: of the checkpoint.
+        render: applies the chat template.
+        messages: Hugging Face chat messages.
+    """
+    text = render([{**turn, "content": _as_written(turn["content"])} for turn in messages])
+    bos = tokenizer.bos_token
+    # Templates that write the BOS token themselves would get a second one from the tokenizer.
+    special = not (bos and text.startswith(bos))
+    first, *others = text.split(WRITTEN)
+    ids = list(tokenizer(first, add_special_tokens=special)["input_ids"])
+    for part in others:
+        ids += tokenizer(VIDEO_PLACEHOLDER, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _as_written(content: Any) -> Any:
+    if isinstance(content, str):
+        return content.replace(VIDEO_PLACEHOLDER, WRITTEN)
+    return [
+        item | {"text": item["text"].replace(VIDEO_PLACEHOLDER, WRITTEN)} if item["type"] == "text" else item
+        for item in content
+    ]
+
+
+def embedded(
+    table: Callable[[Tensor], Tensor], tokens: Tensor, marks: set[int], images: Sequence[PackedImage]
+) -> Prompt:
+    """Replace each of `marks` among `tokens (s,)` by the packed rows of an image or a video, in order.
+
+    Args:
+        table: the input embeddings of the language model.
+        tokens: token ids.
+        marks: ids of the placeholders.
+        images: one for each placeholder.
+
+    Raises:
+        UserError: placeholders and images differ in number.
+    """
+    import torch
+
+    placeholders = [place for place, token in enumerate(tokens.tolist()) if token in marks]
+    if len(placeholders) != len(images):
+        raise UserError(
+            wanted=f"a prompt for {len(images)} images",
+            found=f"{len(placeholders)} image placeholders in its text",
+            allowed="one placeholder per image",
+            next_step="check the task's prompt and the checkpoint's chat template",
+        )
+    with torch.no_grad():
+        embeds = table(tokens)
+    rows, spans, done, length = [], [], 0, 0
+    for position, image in zip(placeholders, images, strict=True):
+        start = length + position - done
+        rows += [embeds[done:position], image.embeds.to(embeds)]
+        done, length = position + 1, start + len(image.rows)
+        spans += image.rows.runs(start)
+    rows.append(embeds[done:])
+    return Prompt(
+        torch.cat(rows),
+        tuple(spans),
+        native=sum(image.native for image in images),
+        retained=sum(image.retained for image in images),
+        newlines=sum(len(image.rows.newlines) for image in images),
+        views=sum(image.views for image in images),
+        visuals=len(images),
+        prefix=length,
+        encoded=sum(image.encoded for image in images),
+    )
