@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.files import find_images
 from rcb_lmms.options import Batch, Device, Dtype, Preprocess, Pretrained
 
 codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
@@ -17,30 +16,54 @@ checkpoint_app = typer.Typer(help="Checkpoints of the original LLaVA code.", no_
 @codebook_app.command("build")
 def codebook_build(
     model: Pretrained,
-    images: Annotated[Path, typer.Option(help="Folder of images, taken in the order of their names.")],
     out: Annotated[Path, typer.Option(help="The .safetensors to write; statistics go to OUT.stats.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images, taken in the order of their names.")] = None,
+    listing: Annotated[
+        Path | None, typer.Option("--list", help="Their order: names, one a line, or Karpathy's dataset_coco.json.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="official, paper, paper_literal or lab.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. tau_prob=0.1; repeatable.")] = None,
     rethreshold: Annotated[bool, typer.Option(help="Only choose again from stored statistics; no model.")] = False,
+    extend: Annotated[str | None, typer.Option(help="File or id of a codebook that the new prototypes join.")] = None,
     batch_size: Batch = 32,
     preprocess: Preprocess = None,
+    template: Annotated[str | None, typer.Option(help="checkpoint, or vicuna, llama_3, qwen: the paper's.")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Make a codebook from images. Killed at any moment, the same command continues."""
-    from rcb_lmms.codebook import build
+    from rcb_lmms.codebook import Codebook, build
+    from rcb_lmms.codebook.listing import images_of
     from rcb_lmms.codebook.settings import parse_changes, settings_for
     from rcb_lmms.families import family_of, load_family
 
     preset = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
     settings = settings_for(family_of(model), preset, **parse_changes(setting or []))
+    base = None if extend is None else Codebook.load(extend)
     if rethreshold:
         made = build.threshold(Path(f"{out}.stats"), settings, name=out.stem)
+        made = made if base is None else base.merge([made], name=out.stem)
         made.save(out)
     else:
-        family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
-        made = build.build(family, find_images(images)[:limit], out, settings, batch_size=batch_size)
+        paths = images_of(images, listing, limit)
+        family = load_family(model, preprocess=preprocess, template=template, device=device, dtype=dtype)
+        made = build.build(family, paths, out, settings, batch_size=batch_size, extend=base)
+    typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
+    typer.echo(f"next: rcb codebook show {out}")
+
+
+@codebook_app.command("merge")
+def codebook_merge(
+    codebooks: Annotated[list[str], typer.Argument(help="Files or ids, made with one checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors to write.")],
+) -> None:
+    """Join codebooks: the prototypes of all, each once."""
+    from rcb_lmms.codebook import Codebook
+
+    first, *others = map(Codebook.load, codebooks)
+    made = first.merge(others, name=out.stem)
+    made.save(out)
     typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
     typer.echo(f"next: rcb codebook show {out}")
 
@@ -51,7 +74,7 @@ def codebook_import(
     out: Annotated[Path | None, typer.Option(help="The .safetensors; by default where its id finds it.")] = None,
 ) -> None:
     """Convert a released tensor file, verified by its git blob id."""
-    from rcb_lmms.codebook.cards import import_upstream
+    from rcb_lmms.codebook.artefact import import_upstream
 
     typer.echo(f"wrote {import_upstream(file, out)}")
 

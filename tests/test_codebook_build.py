@@ -21,6 +21,7 @@ from PIL import Image
 from rcb_lmms.codebook import Codebook
 from rcb_lmms.codebook.build import build, threshold
 from rcb_lmms.codebook.dpc import tie_noise
+from rcb_lmms.codebook.listing import images_of
 from rcb_lmms.codebook.probe import ImageStatistics, measure
 from rcb_lmms.codebook.select import patch_scores
 from rcb_lmms.codebook.settings import BuildSettings
@@ -36,13 +37,14 @@ PATCHES = 16
 
 def tiny_tokenizer(article: int):
     """96 words, of which `article` is the word "A" and 95 the image placeholder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{n}": n for n in range(3, 95) if n != article} | {"A": article, "<image>": 95}
+    words = {f"w{n}": n for n in range(3, 95) if n != article} | {"\u2581A": article, "<image>": 95}
     words |= {"<pad>": 0, "<s>": 1, "</s>": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Replace("\u2581", " ")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
@@ -273,6 +275,34 @@ def test_the_article_rule_changes_what_is_read(tmp_path, tiny_llava, images, art
     assert not torch.isclose(skipped.single[firsts], kept.single[firsts]).all(-1).any()
 
 
+def test_strict_compares_at_the_step_of_the_intact_run(tiny_llava, images, experiments):
+    """Independently, an intact run that begins with an article is read one step later than its ablated one."""
+    image, answers, article = next(
+        (image, answers, answers[patch]["region"][0])
+        for image, answers in zip(images, experiments, strict=True)
+        for patch in answers["order"]
+        if answers[patch]["region"][0] != answers[patch]["region_ablated"][0]
+    )
+    family = tiny_family(tiny_llava, article)
+    view = family.encode([family.open(image)], {"cls_similarity"})[0][0]
+    loose, strict = (
+        measure(family, view, BuildSettings(prompt=PROMPT, probes=PATCHES, strict=own), 8) for own in (False, True)
+    )
+    differing = 0
+    for row, patch in enumerate(answers["order"]):
+        (full, steps), (ablated, other) = answers[patch]["region"], answers[patch]["region_ablated"]
+        ids = steps[full == article].topk(50).indices
+        torch.testing.assert_close(strict.region_ablated[row].double(), other[full == article][ids], rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            loose.region_ablated[row].double(), other[ablated == article][ids], rtol=0, atol=1e-3
+        )
+        differing += (full == article) != (ablated == article)
+        whole = answers[patch]["whole_ablated"][1][answers["whole"][0] == article]
+        torch.testing.assert_close(strict.whole_ablated[row].double(), whole[strict.whole_ids[0]], rtol=0, atol=1e-3)
+    assert differing
+    assert torch.equal(loose.single, strict.single)
+
+
 # A family without a real model, for what is about files
 
 
@@ -290,7 +320,7 @@ class FakeFamily(Family):
         self.model.get_input_embeddings = lambda: torch.nn.Embedding.from_pretrained(self.model.table)
         self.model.forward = self.forward
         self.pretrained, self.revision, self.preprocess, self.template = "fake", "r1", "rcb", "checkpoint"
-        self.tokenizer = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
+        self.tokenizer = SimpleNamespace(convert_ids_to_tokens="w{}".format)
         self.calls, self.calls_to_live, self.rows_seen = 0, calls_to_live, []
 
     device, dtype, width = torch.device("cpu"), torch.float32, 6
@@ -465,6 +495,78 @@ def test_what_a_codebook_says_of_its_making(finished, images):
     rows = meta["rows"]
     assert len(rows["image"]) == len(rows["patch"]) == len(rows["cluster"]) == meta["counts"]["prototypes"]
     assert rows["cluster"] == sorted(rows["cluster"])
+
+
+def test_the_order_is_that_of_the_list(tmp_path, images):
+    folder = images[0].parent
+    entries = [(3, "train"), (0, "restval"), (1, "train"), (2, "val"), (0, "train")]
+    karpathy = [{"filename": images[n].name, "filepath": "train2014", "split": split} for n, split in entries]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": karpathy}))
+    (tmp_path / "names.txt").write_text(f"{images[2].name}\n\n  {images[0].name}\n")
+    (tmp_path / "names.json").write_text(json.dumps([images[1].name, images[0].name]))
+    (folder / "names.txt").write_text(images[3].name)
+    assert images_of(folder, tmp_path / "coco.json") == [images[3], images[1], images[0]]
+    assert images_of(folder, tmp_path / "coco.json", 2) == [images[3], images[1]]
+    assert images_of(folder, tmp_path / "names.txt") == [images[2], images[0]]
+    assert images_of(folder, tmp_path / "names.json") == [images[1], images[0]]
+    assert images_of(None, folder / "names.txt") == [images[3]]
+    (folder / "names.txt").unlink()
+    assert images_of(folder, None) == sorted(images)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("absent.png", "absent.png"),
+        ("", "no names"),
+        ('{"images": [{"filename": "a"}]}', "KeyError"),
+        ('{"images": 3}', "TypeError"),
+        ("[" * 10**5, "RecursionError"),
+        ("[1, 2]", "no names"),
+        ("a\0.png", "not there"),
+    ],
+)
+def test_lists_that_name_nothing_are_refused(tmp_path, images, content, found):
+    (tmp_path / "list").write_text(content)
+    with pytest.raises(UserError, match=found):
+        images_of(images[0].parent, tmp_path / "list")
+    with pytest.raises(UserError, match="neither a folder nor a list"):
+        images_of(None, None)
+
+
+def test_a_build_extends_a_codebook(tmp_path, images, finished):
+    base = Codebook.load(finished)
+    more = build(FakeFamily(), images[:2], tmp_path / "more.safetensors", replace(SETTINGS, tau_in=0), progress=False)
+    out = tmp_path / "more.safetensors"
+    extended = build(FakeFamily(), images[:2], out, replace(SETTINGS, tau_in=0), progress=False, extend=base)
+    assert extended.sha256 == Codebook.load(out).sha256 == base.merge([more]).sha256
+    assert len(base) <= len(extended) <= len(base) + len(more)
+    assert torch.equal(extended.prototypes[: len(base)], base.prototypes)
+
+
+def test_the_command_builds_under_a_template_in_the_order_of_a_list(tmp_path, checkpoint, images):
+    from typer.testing import CliRunner
+
+    from rcb_lmms.cli import app
+
+    (tmp_path / "list.txt").write_text(f"{images[1].name}\n{images[0].name}\n")
+    loose = [f"--setting={change}" for change in ("tau_prob=2", "tau_jsd=99", "tau_out=99", "tau_in=0", "probes=12")]
+    made = {}
+    for template in ("vicuna", "checkpoint"):
+        out = tmp_path / f"{template}.safetensors"
+        listed = ["--images", str(images[0].parent), "--list", str(tmp_path / "list.txt"), "--template", template]
+        arguments = ["codebook", "build", "--model", str(checkpoint), "--out", str(out), *listed, *loose]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        made[template] = Codebook.load(out)
+        assert made[template].meta["template"] == template
+        assert sorted(set(made[template].meta["rows"]["image"])) == ["000", "001"]
+        manifest = json.loads((Path(f"{out}.stats") / "manifest.json").read_text())
+        assert [entry["name"] for entry in manifest["images"]] == ["001", "000"]
+    # Everything passes, so the rows are the same; the answers behind them are not.
+    stats = [ImageStatistics.read(tmp_path / f"{name}.safetensors.stats" / "000000.safetensors") for name in made]
+    assert torch.equal(stats[0].index, stats[1].index)
+    assert not torch.equal(stats[0].single, stats[1].single)
 
 
 def test_half_precision_tokens_stay_half_precision(tmp_path, images):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.codebook.cards import Card, cached_file, card_of_blob, cards, fetched, resolve
+from rcb_lmms.codebook.merging import joined
+from rcb_lmms.codebook.reading import read_meta, read_prototypes, read_upstream, unusable
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from rcb_lmms.families.base import Family
 
 TENSOR, METADATA, FORMAT = "prototypes", "rcb_codebook", 1
 EPS = 1e-12
@@ -31,7 +36,8 @@ class Codebook:
             and `rows`, one list per column with an entry per prototype: `image`, `patch`, `cluster` where known.
 
     Raises:
-        UserError: not a matrix, another type, not finite, a row of zeros, or provenance of another length.
+        UserError: not a matrix, another type, not finite, a row of zeros, facts of a wrong type, or provenance of
+            another length.
     """
 
     prototypes: Tensor
@@ -40,8 +46,9 @@ class Codebook:
 
     def __post_init__(self):
         object.__setattr__(self, "prototypes", self.prototypes.detach().cpu().contiguous())
-        if problem := _problem(self.prototypes, self.meta.get("rows", {})):
-            raise _unusable(str(self.meta.get("id", "a codebook")), problem)
+        read_meta(self.meta)
+        if problem := _problem(self.prototypes, self.meta.get("rows") or {}):
+            raise unusable(str(self.meta.get("id", "a codebook")), problem)
         object.__setattr__(self, "meta", {**self.meta, "format": FORMAT, "sha256": _content_hash(self.prototypes)})
 
     def __len__(self) -> int:
@@ -84,6 +91,30 @@ class Codebook:
                 next_step="name another with codebook=..., or make one: rcb codebook build",
             )
 
+    def made_for(self, family: Family) -> tuple[str, str] | None:
+        """Nothing if the codebook was made with the family's checkpoint, else what it was made with and what is loaded.
+
+        Equal width does not make a fine-tune's tokens the same. Known are: the same name, the laboratory's name with
+        and without its family, the public conversion of the checkpoint that the released codebook was made with.
+        """
+        made, loaded = str(self.meta.get("model")), family.pretrained.partition("@")[0]
+        released = self.meta.get("id") == family.codebook and loaded == family.checkpoint
+        if released or _own_name(made, family) == _own_name(loaded, family):
+            return None
+        return made, loaded
+
+    def merge(self, others: Iterable[Codebook], name: str | None = None) -> Codebook:
+        """This codebook's prototypes and those of `others` behind them, each once.
+
+        Args:
+            others: made with the same checkpoint.
+            name: id of the result, by default this one's.
+
+        Raises:
+            UserError: another width, or another model.
+        """
+        return Codebook(*joined([self, *others], name))
+
     @classmethod
     def load(cls, path_or_id: str | Path) -> Codebook:
         """Read a codebook by file or by the id of a card, downloading a released one if needed.
@@ -91,13 +122,15 @@ class Codebook:
         Raises:
             UserError: unknown id, missing, damaged or foreign file, or no network for a download.
         """
-        from rcb_lmms.codebook.cards import resolve
-
         path = resolve(path_or_id)
-        tensor, meta = _read_safetensors(path)
+        if isinstance(path, Card):
+            with fetched(path) as file:
+                return cls.load(cls.from_upstream_pt(file).save(cached_file(path.id)))
+        tensor, meta = read_prototypes(path, TENSOR, METADATA)
+        read_meta(meta, path)
         codebook = cls(tensor, meta)
         if meta.get("sha256") != codebook.sha256:
-            raise _unusable(path, "prototypes that do not have the sha256 of its metadata")
+            raise unusable(path, "prototypes that do not have the sha256 of its metadata")
         return codebook
 
     def save(self, path: str | Path) -> Path:
@@ -119,18 +152,37 @@ class Codebook:
         unverified.
 
         Raises:
-            UserError: missing, cut off, not a tensor, or ids that do not match the rows.
+            UserError: missing, cut off, not a plain tensor, or ids that do not match the rows.
         """
-        from rcb_lmms.codebook.cards import card_of_blob
-
         path = Path(path)
-        raw = read_bytes(path)
-        tensor, blob = _unpickle(raw, path), git_blob(raw)
+        tensor, images, blob = read_upstream(path)
         card = card_of_blob(blob)
+        clusters = card.clusters if card else ()
+        rows = {"cluster": [number for number, size in enumerate(clusters) for _ in range(size)], "image": images}
         meta = card.meta() if card else {"id": path.stem}
         meta |= {"verified": card is not None, "git_blob": blob, "imported_from": path.name}
-        meta["rows"] = _upstream_rows(path.with_suffix(".json"), card.clusters if card else ())
-        return cls(tensor, meta)
+        return cls(tensor, meta | {"rows": {column: entries for column, entries in rows.items() if entries}})
+
+
+def import_upstream(path: str | Path, out: str | Path | None = None) -> Path:
+    """Convert a released `.pt`; without `out`, a verified one goes where its id finds it.
+
+    Raises:
+        UserError: not a codebook, or unverified and without `out`.
+    """
+    codebook = Codebook.from_upstream_pt(path)
+    if out is None and not codebook.meta["verified"]:
+        raise UserError(
+            wanted=f"import {path} under its id",
+            found=f"a file with git blob id {codebook.meta['git_blob']}, which is on no card",
+            allowed="the released files: " + ", ".join(card.id for card in cards().values() if card.source),
+            next_step=f"rcb codebook import {shlex.quote(str(path))} --out FILE.safetensors",
+        )
+    return codebook.save(out or cached_file(codebook.meta["id"]))
+
+
+def _own_name(model: str, family: Family) -> str:
+    return f"lab:{family.name}" if model == "lab" else model
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -139,23 +191,6 @@ def unit_rows(rows: Tensor) -> Tensor:
 
     # The official epsilon is nothing in float16, where a row of zeros would become NaN.
     return torch.nn.functional.normalize(rows, dim=1, eps=max(EPS, torch.finfo(rows.dtype).smallest_normal))
-
-
-def git_blob(raw: bytes) -> str:
-    """The id git gives a file of these bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        UserError: it is missing or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unusable(path, error.strerror or str(error)) from error
 
 
 def _content_hash(prototypes: Tensor) -> str:
@@ -179,52 +214,3 @@ def _problem(prototypes: Tensor, rows: dict[str, list]) -> str | None:
         if len(entries) != len(prototypes):
             return f"{len(entries)} entries of row provenance ({column}) for {len(prototypes)} prototypes"
     return None
-
-
-def _read_safetensors(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as handle:
-            meta = json.loads((handle.metadata() or {})[METADATA])
-            # A private copy: the mapping would change or vanish with the file.
-            return handle.get_tensor(TENSOR).clone(), meta
-    except SafetensorError as error:
-        raise _unusable(path, f"a damaged or cut off file ({error})") from error
-    except OSError as error:
-        raise _unusable(path, error.strerror or str(error)) from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise _unusable(path, "a safetensors file without a codebook's metadata") from error
-
-
-def _unpickle(raw: bytes, path: Path) -> Tensor:
-    import torch
-
-    try:
-        tensor = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise _unusable(path, f"a cut off file, or a pickle of more than tensors ({type(error).__name__})") from error
-    if not isinstance(tensor, torch.Tensor):
-        raise _unusable(path, f"a pickled {type(tensor).__name__}")
-    return tensor if tensor.dtype in (torch.float16, torch.float32) else tensor.float()
-
-
-def _upstream_rows(ids: Path, clusters: tuple[int, ...]) -> dict[str, list]:
-    rows: dict[str, list] = {"cluster": [number for number, size in enumerate(clusters) for _ in range(size)]}
-    if ids.exists():
-        try:
-            rows["image"] = json.loads(read_bytes(ids))
-        except ValueError as error:
-            raise _unusable(ids, "text that is not JSON") from error
-        if not isinstance(rows["image"], list):
-            raise _unusable(ids, "JSON that is not a list of image ids")
-    return {column: entries for column, entries in rows.items() if entries}
-
-
-def _unusable(what: str | Path, found: str) -> UserError:
-    return UserError(
-        wanted=f"a codebook from {what}",
-        found=found,
-        allowed="a finite (prototypes, width) matrix of float16 or float32 without rows of zeros, as saved by rcb",
-        next_step="rcb codebook import FILE.pt for a released tensor; else fetch or build the file again",
-    )

@@ -34,6 +34,7 @@ def build(
     batch_size: int = 16,
     workdir: str | Path | None = None,
     progress: bool = True,
+    extend: Codebook | None = None,
 ) -> Codebook:
     """Make a codebook from images and save it.
 
@@ -48,6 +49,7 @@ def build(
         batch_size: prompts per forward pass.
         workdir: folder of the statistics; by default `<out>.stats`.
         progress: show a bar that counts images.
+        extend: a codebook of the same model, whose prototypes come first in what is saved.
 
     Raises:
         UserError: an image that cannot be read, statistics of another build in the folder, or no prototypes.
@@ -61,6 +63,8 @@ def build(
         view = family.encode([family.open(names[number], "base")], family.provides & {"cls_similarity"})[0][0]
         write_atomic(_shard(stats, number), measure(family, view, settings, batch_size).to_bytes())
     codebook = threshold(stats, settings, name=Path(out).stem)
+    if extend is not None:
+        codebook = extend.merge([codebook], name=Path(out).stem)
     codebook.save(out)
     return codebook
 
@@ -81,26 +85,31 @@ def threshold(stats_dir: str | Path, settings: BuildSettings, name: str = "codeb
     stats = Path(stats_dir)
     manifest = read_manifest(stats)
     _check_same(manifest["experiment"], _resolved(settings, manifest["experiment"]), stats)
-    missing = [entry["name"] for n, entry in enumerate(manifest["images"]) if not _shard(stats, n).exists()]
-    if missing:
+    images = [entry["name"] for entry in manifest["images"]]
+    if missing := [image for number, image in enumerate(images) if not _shard(stats, number).exists()]:
         raise UserError(
-            wanted=f"statistics of {len(manifest['images'])} images in {stats}",
+            wanted=f"statistics of {len(images)} images in {stats}",
             found=f"none yet of {len(missing)}, the first of them {missing[0]}",
             allowed="a finished build",
             next_step="repeat the build command without --rethreshold: it goes on where it stopped",
         )
-    found = [candidates(ImageStatistics.read(_shard(stats, n)), settings) for n in range(len(manifest["images"]))]
+    found = [candidates(ImageStatistics.read(_shard(stats, number)), settings) for number in range(len(images))]
     tokens, patches, numbers = join(found)
     clusters = common_clusters(tokens, numbers, settings) if len(tokens) else []
     counts = {"images": len(found)} | {key: sum(image.passed[key] for image in found) for key in found[0].passed}
     counts["images with candidates"] = len(numbers.unique())
     counts["prototypes"] = sum(map(len, clusters))
     if not clusters:
-        raise _no_prototypes(counts, settings)
+        raise UserError(
+            wanted="redundant prototypes",
+            found=describe_funnel(counts, settings),
+            allowed="thresholds that some tokens pass, each and together",
+            next_step="loosen the threshold that lets nothing through and repeat with --rethreshold (no model needed)",
+        )
     rows = torch.cat(clusters)
     counts["images with prototypes"] = len(numbers[rows].unique())
     provenance = {
-        "image": [manifest["images"][number]["name"] for number in numbers[rows].tolist()],
+        "image": [images[number] for number in numbers[rows].tolist()],
         "patch": patches[rows].tolist(),
         "cluster": [number for number, members in enumerate(clusters) for _ in members],
     }
@@ -114,8 +123,11 @@ def read_manifest(stats: Path) -> dict[str, Any]:
         UserError: the folder holds none.
     """
     try:
-        return json.loads((stats / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads((stats / MANIFEST).read_text(encoding="utf-8"))
+        if not (manifest["images"] and isinstance(manifest["experiment"], dict)):
+            raise ValueError("no images, or no experiment")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             wanted=f"the statistics of a codebook build in {stats}",
             found=f"no readable {MANIFEST}",
@@ -125,15 +137,12 @@ def read_manifest(stats: Path) -> dict[str, Any]:
 
 
 def _meta(manifest: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
-    listed = json.dumps(manifest["images"]).encode()
+    facts = ("model", "revision", "family", "preprocess", "template", "dtype", "weights", "source")
     return {
-        **{
-            key: manifest[key]
-            for key in ("model", "revision", "family", "preprocess", "template", "dtype", "weights", "source")
-        },
+        **{key: manifest[key] for key in facts},
         "layer": "projector output, base view",
         "images": len(manifest["images"]),
-        "images_sha256": hashlib.sha256(listed).hexdigest(),
+        "images_sha256": hashlib.sha256(json.dumps(manifest["images"]).encode()).hexdigest(),
         "preset": settings.preset,
         "experiment": manifest["experiment"],
         "thresholds": settings.thresholds(),
@@ -169,8 +178,11 @@ def _shard(stats: Path, number: int) -> Path:
 
 
 def _resolved(settings: BuildSettings, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The experiment with the family's own number of copies; `strict` is named only where it is asked for."""
     experiment = settings.experiment()
     experiment["single_repeats"] = experiment["single_repeats"] or defaults["single_repeats"]
+    if not experiment["strict"]:
+        del experiment["strict"]
     return experiment
 
 
@@ -210,9 +222,8 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> None:
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        shown = ", ".join(f"{key} {_brief(found.get(key))} (now {_brief(wanted[key])})" for key in differing)
+    if differing := [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]:
+        shown = ", ".join(f"{key} {_brief(found.get(key))} (now {_brief(wanted.get(key))})" for key in differing)
         raise UserError(
             wanted=f"continue with the statistics in {stats}",
             found=f"statistics of another build: {shown}",
@@ -224,12 +235,3 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], stats: Path) -> N
 def _brief(value: Any) -> str:
     text = f"{len(value)} images" if isinstance(value, list) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _no_prototypes(counts: dict[str, int], settings: BuildSettings) -> UserError:
-    return UserError(
-        wanted="redundant prototypes",
-        found=describe_funnel(counts, settings),
-        allowed="thresholds that some tokens pass, each and together",
-        next_step="loosen the threshold that lets nothing through and repeat with --rethreshold (no model needed)",
-    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import shlex
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.codebook.artefact import Codebook, git_blob
+from rcb_lmms.codebook.reading import git_blob
 from rcb_lmms.errors import UserError
+from rcb_lmms.files import no_file
 from rcb_lmms.resources import cache_dir, data_dir
 
 
@@ -27,18 +30,12 @@ class Source:
     git_blob: str
 
     @property
-    def url(self) -> str:
-        """Address of the tensor file."""
-        return f"{self.address}/{self.path}"
-
-    @property
     def by_hand(self) -> str:
         """Commands that fetch the tensor and its image ids on any machine, and import them."""
         name = Path(self.path).name
         ids = Path(name).with_suffix(".json")
-        return (
-            f"curl -L -o {name} {self.url} && curl -L -o {ids} {self.address}/{self.ids} && rcb codebook import {name}"
-        )
+        fetch = [f"curl -L -o {file} {self.address}/{path}" for file, path in ((name, self.path), (ids, self.ids))]
+        return " && ".join([*fetch, f"rcb codebook import {name}"])
 
 
 @dataclass(frozen=True)
@@ -90,25 +87,25 @@ def card_of_blob(blob: str) -> Card | None:
     return next((card for card in cards().values() if card.source and card.source.git_blob == blob), None)
 
 
-def cached_file(card: Card) -> Path:
-    """Where an imported or downloaded codebook is kept."""
-    return cache_dir() / "codebooks" / f"{card.id}.safetensors"
+def cached_file(name: str) -> Path:
+    """Where an imported or downloaded codebook of that id is kept."""
+    return cache_dir() / "codebooks" / f"{name}.safetensors"
 
 
 def local_file(card: Card) -> Path | None:
     """The card's `.safetensors` if it is shipped or cached."""
-    candidates = (data_dir("codebooks") / (card.file or ""), cached_file(card))
+    candidates = (data_dir("codebooks") / (card.file or ""), cached_file(card.id))
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def resolve(path_or_id: str | Path) -> Path:
-    """The `.safetensors` of a path, or of a card's id: shipped, cached, or downloaded now.
+def resolve(path_or_id: str | Path) -> Path | Card:
+    """The `.safetensors` of a path, or of a card's id, shipped or cached; the card if it has to be downloaded.
 
     Raises:
-        UserError: no such file or id, or the download failed (the message has the commands for another machine).
+        UserError: no such file or id.
     """
     name, path = str(path_or_id), Path(path_or_id).expanduser()
-    if path.is_file() or path.suffix == ".safetensors" or len(path.parts) > 1:
+    if path.suffix == ".safetensors" or len(path.parts) > 1 or no_file(path) is None:
         if path.suffix == ".pt":
             raise _unresolved(name, "a pickled tensor", f"rcb codebook import {shlex.quote(name)}")
         return path
@@ -118,50 +115,40 @@ def resolve(path_or_id: str | Path) -> Path:
         return found
     if card.source is None:
         raise _unresolved(name, f"no file {card.file} beside its card", "rcb codebook build")
-    return _download(card, card.source).save(cached_file(card))
+    return card
 
 
-def import_upstream(path: str | Path, out: str | Path | None = None) -> Path:
-    """Convert a released `.pt`; without `out`, a verified one goes where its id finds it.
+@contextlib.contextmanager
+def fetched(card: Card) -> Iterator[Path]:
+    """The released tensor of a card, downloaded, with its image ids beside it; it goes with the context.
 
     Raises:
-        UserError: not a codebook, or unverified and without `out`.
+        UserError: no network, or another content (the message has the commands for another machine).
     """
-    codebook = Codebook.from_upstream_pt(path)
-    if out is None and not codebook.meta["verified"]:
-        raise UserError(
-            wanted=f"import {path} under its id",
-            found=f"a file with git blob id {codebook.meta['git_blob']}, which is on no card",
-            allowed="the released files: " + ", ".join(card.id for card in cards().values() if card.source),
-            next_step=f"rcb codebook import {shlex.quote(str(path))} --out FILE.safetensors",
-        )
-    return codebook.save(out or cached_file(cards()[codebook.meta["id"]]))
-
-
-def _download(card: Card, source: Source) -> Codebook:
     with tempfile.TemporaryDirectory() as folder:
-        tensor = Path(folder, Path(source.path).name)
-        tensor.write_bytes(_fetch(card, source, source.path))
-        if git_blob(tensor.read_bytes()) != source.git_blob:
-            raise _unreachable(card, source, f"a file of another content at {source.url}")
-        tensor.with_suffix(".json").write_bytes(_fetch(card, source, source.ids))
-        return Codebook.from_upstream_pt(tensor)
+        tensor = Path(folder, Path(card.source.path).name)
+        tensor.write_bytes(_fetch(card, card.source.path))
+        if git_blob(tensor.read_bytes()) != card.source.git_blob:
+            raise _unreachable(card, f"a file of another content at {card.source.address}/{card.source.path}")
+        tensor.with_suffix(".json").write_bytes(_fetch(card, card.source.ids))
+        yield tensor
 
 
-def _fetch(card: Card, source: Source, path: str) -> bytes:
+def _fetch(card: Card, path: str) -> bytes:
+    address = f"{card.source.address}/{path}"
     try:
-        with urllib.request.urlopen(f"{source.address}/{path}", timeout=30) as response:
+        with urllib.request.urlopen(address, timeout=30) as response:
             return response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise _unreachable(card, source, f"no answer from {source.address}/{path} ({error})") from error
+        raise _unreachable(card, f"no answer from {address} ({error})") from error
 
 
-def _unreachable(card: Card, source: Source, found: str) -> UserError:
+def _unreachable(card: Card, found: str) -> UserError:
     return UserError(
         wanted=f"download the codebook {card.id}",
         found=found,
-        allowed=f"the file with git blob id {source.git_blob}, fetched on any machine",
-        next_step=source.by_hand,
+        allowed=f"the file with git blob id {card.source.git_blob}, fetched on any machine",
+        next_step=card.source.by_hand,
     )
 
 

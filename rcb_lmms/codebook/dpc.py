@@ -12,8 +12,8 @@ class Clusters(NamedTuple):
     """A clustering of `n` points.
 
     Attributes:
-        density: `(n,)` float64, tie breaker included.
-        delta: `(n,)` distance to the nearest point of higher density; the largest distance of all where there is none.
+        density: `(n,)` float64, tie breaker included; its logarithm with `literal`.
+        delta: `(n,)` distance to the nearest point of higher density, for a peak see `dpc_knn`.
         centres: `(m,)` indices of the centres, best `density * delta` first; a label is a position in this list.
         labels: `(n,)` int64.
     """
@@ -36,7 +36,7 @@ def dpc_knn(
     noise: Tensor | None = None,
     *,
     include_self: bool = True,
-    scale: bool = True,
+    literal: bool = False,
 ) -> Clusters:
     """Cluster the rows of `x (n, c)` around density peaks.
 
@@ -50,26 +50,34 @@ def dpc_knn(
         k: neighbours in the density; as many as there are if there are fewer.
         noise: `(n,)` added to the densities; by default `tie_noise(n)`.
         include_self: count a point as its own first neighbour (released code) or not (paper).
-        scale: divide distances by the square root of `c`. The paper's literal form omits it and underflows.
+        literal: Eq. 12 and 13 as printed. Distances are not divided by the square root of `c`; a peak's delta is the
+            largest distance of its own row, not of all; there is no tie breaker. Compared are logarithms, since the
+            densities themselves underflow.
     """
     x = x.double().cpu()
     n = len(x)
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / (x.shape[1] ** 0.5 if scale else 1)
-    density = _density(distance, k, include_self) + (tie_noise(n) if noise is None else noise.double())
-    higher = density[None, :] > density[:, None]
-    delta = distance.where(higher, torch.inf).amin(-1)
-    delta = delta.where(delta.isfinite(), distance.amax())
-    centres = (density * delta).argsort(descending=True, stable=True)[:clusters]
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    if literal:
+        density = _log_density(distance, k, include_self)
+        peak = distance.amax(-1)
+    else:
+        distance = distance / x.shape[1] ** 0.5
+        density = _log_density(distance, k, include_self).exp() + (tie_noise(n) if noise is None else noise.double())
+        peak = distance.amax()
+    delta = distance.where(density[None, :] > density[:, None], torch.inf).amin(-1)
+    delta = delta.where(delta.isfinite(), peak)
+    best = density + delta.log() if literal else density * delta
+    centres = best.argsort(descending=True, stable=True)[:clusters]
     labels = distance[:, centres].argmin(-1)
     labels[centres] = torch.arange(len(centres))  # a duplicate of a better centre is nearer to that one
     return Clusters(density, delta, centres, labels)
 
 
-def _density(distance: Tensor, k: int, include_self: bool) -> Tensor:
+def _log_density(distance: Tensor, k: int, include_self: bool) -> Tensor:
     n = len(distance)
     if not include_self:
         distance = distance.masked_fill(torch.eye(n, dtype=torch.bool), torch.inf)
     k = min(k, n if include_self else n - 1)
     if k == 0:
-        return distance.new_ones(n)
-    return (-distance.topk(k, largest=False).values.square().mean(-1)).exp()
+        return distance.new_zeros(n)
+    return -distance.topk(k, largest=False).values.square().mean(-1)

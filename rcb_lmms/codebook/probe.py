@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rcb_lmms.codebook.settings import ARTICLES, TOP_K_STORED, BuildSettings
+from rcb_lmms.codebook.settings import TOP_K_STORED, BuildSettings
 from rcb_lmms.engine.generation import last_logits
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The released list for 576 tokens: 24 leading ranks, then blocks of 8 that begin at these (1-based).
 BLOCK_STARTS, LISTED_TOKENS = (37, 73, 145, 217, 289, 361, 433, 505, 569), 576
+WORD_A = ("\u2581A", "\u0120A")
 
 
 class ImageStatistics(NamedTuple):
@@ -126,16 +127,16 @@ def measure(family: Family, view: VisualTokens, settings: BuildSettings, batch_s
     logits = functools.partial(content_logits, family, settings=settings, batch_size=batch_size)
     columns: dict[str, list[Tensor]] = {name: [] for name in ImageStatistics._fields[2:]}
     with torch.inference_mode():
-        whole = logits([tokens])
+        whole, whole_skips = logits([tokens])
         columns["whole_ids"], columns["whole"] = ([part] for part in _top(whole))
         for begin in range(0, len(index), batch_size):
             part = index[begin : begin + batch_size]
             around = [window(patch, height, width) for patch in part]
-            single = logits([tokens[patch].expand(repeats, -1) for patch in part])
-            region = logits([tokens[slots] for slots in around])
+            single, _ = logits([tokens[patch].expand(repeats, -1) for patch in part])
+            region, skips = logits([tokens[slots] for slots in around])
             without = [_ablate(tokens[slots], [slots.index(p)], pad) for p, slots in zip(part, around, strict=True)]
-            region_ablated = logits(without)
-            whole_ablated = logits([_ablate(tokens, slots, pad) for slots in around])
+            region_ablated, _ = logits(without, skip=skips)
+            whole_ablated, _ = logits([_ablate(tokens, slots, pad) for slots in around], skip=whole_skips * len(part))
             for name, full in (("single", single), ("region", region)):
                 ids, values = _top(full)
                 columns[f"{name}_ids"].append(ids)
@@ -149,28 +150,42 @@ def measure(family: Family, view: VisualTokens, settings: BuildSettings, batch_s
     return ImageStatistics(index=torch.tensor(index), features=stored.detach().cpu(), **found)
 
 
-def content_logits(family: Family, sequences: Sequence[Tensor], settings: BuildSettings, batch_size: int) -> Tensor:
-    """`(b, v)` float32 logits of the answer's first content token for each visual sequence `(k, d)`.
+def content_logits(
+    family: Family,
+    sequences: Sequence[Tensor],
+    settings: BuildSettings,
+    batch_size: int,
+    skip: Sequence[bool] | None = None,
+) -> tuple[Tensor, list[bool]]:
+    """`(b, v)` float32 logits of the answer's first content token for each visual sequence `(k, d)`, and who skipped.
 
-    If the greedy first token is an article, it is appended and the next position's logits are taken, for each
-    sequence on its own, so that the intact and the ablated run may differ in it (released code).
+    If the greedy first token is an article, it is appended and the next position's logits are taken: for each
+    sequence on its own, so that the intact and the ablated run may differ in it (released code), or for those that
+    `skip` names (`strict`).
     """
     ids = family.prompt(settings.prompt)
     packed = [family.pack_base(sequence) for sequence in sequences]
     logits = last_logits(family, [family.embed(ids, [rows]) for rows in packed], batch_size)
     first = logits.argmax(-1).tolist()
-    articles = {token for token in set(first) if is_article(family.tokenizer.decode([token]), settings.article)}
-    again = [row for row, token in enumerate(first) if token in articles]
+    if skip is None or not settings.strict:
+        articles = {token for token in set(first) if is_article(family.tokenizer, token, settings.article)}
+        skip = [token in articles for token in first]
+    again = [row for row, skipped in enumerate(skip) if skipped]
     if again:
         longer = [family.embed([*ids, first[row]], [packed[row]]) for row in again]
         logits[again] = last_logits(family, longer, batch_size)
-    return logits
+    return logits, list(skip)
 
 
-def is_article(text: str, rule: str) -> bool:
-    """Whether a decoded first token is skipped: `official` exactly "A", `paper` the, a, an, `keep` none."""
-    text = text.strip()
-    return (text.lower() if rule == "paper" else text) in ARTICLES[rule]
+def is_article(tokenizer: Any, token: int, rule: str) -> bool:
+    """Whether a first token is skipped: `official` the token of a word "A", `paper` the, a, an, `keep` none.
+
+    The released code compares the token itself (SentencePiece's mark of a word and "A"; byte-level vocabularies have
+    another mark), so that a bare "A" stays.
+    """
+    if rule == "official":
+        return tokenizer.convert_ids_to_tokens(token) in WORD_A
+    return rule == "paper" and tokenizer.decode([token]).strip().lower() in ("the", "a", "an")
 
 
 def _top(logits: Tensor) -> tuple[Tensor, Tensor]:

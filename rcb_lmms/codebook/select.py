@@ -79,7 +79,8 @@ def common_clusters(tokens: Tensor, images: Tensor, settings: BuildSettings) -> 
 
 def _cluster(tokens: Tensor, clusters: int, k: int, settings: BuildSettings) -> Tensor:
     noise = tie_noise(len(tokens), settings.seed)
-    return dpc_knn(tokens, clusters, k, noise, include_self=not settings.by_paper).labels
+    literal = settings.preset == "paper_literal"
+    return dpc_knn(tokens, clusters, k, noise, include_self=not settings.by_paper, literal=literal).labels
 
 
 def describe_funnel(counts: dict[str, int], settings: BuildSettings) -> str:

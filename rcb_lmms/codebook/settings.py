@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from rcb_lmms.errors import UserError
 
-PRESETS = ("official", "paper", "paper_literal", "lab")
-ARTICLES = {"official": {"A"}, "paper": {"a", "an", "the"}, "keep": set()}
-CLUSTER_INPUTS = ("probed", "all")
 TOP_K_STORED = 50
 # What the experiments depend on; everything else can change without running the model again.
-EXPERIMENT = ("prompt", "article", "probes", "single_repeats", "cluster_input")
+EXPERIMENT = ("prompt", "article", "probes", "single_repeats", "cluster_input", "strict")
+
+Count = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class BuildSettings:
     """How prototypes are found. Start from `settings_for`; the defaults are the released LLaVA-1.5 configuration.
 
@@ -24,7 +27,7 @@ class BuildSettings:
             to and including `tau_out`, distinct images over `tau_in`, a point is its own neighbour. `paper`:
             divergence of Eq. 7, sizes below `tau_out`, tokens over `tau_in`, neighbours without the point itself.
             `paper_literal`: the same with the printed `tau_jsd`, which belongs to the released code's scale and is
-            some twenty times stricter on Eq. 7's.
+            some twenty times stricter on Eq. 7's, and with Eq. 12 and 13 as printed, see `dpc_knn`.
         tau_prob: a token is unrecognisable if its top-1 probability is below.
         tau_out: an outlier of its image if its cluster there is that small.
         tau_in: common to many images if its cluster across images is larger.
@@ -37,42 +40,34 @@ class BuildSettings:
         k_region: weight of the divergence in the 3 x 3 window.
         k_global: weight of the divergence in the whole image.
         prompt: asked about every input.
-        article: which first tokens are skipped: `official` "A"; `paper` the, a, an in any case; `keep` none.
+        article: which first tokens are skipped: `official` the token of a word "A"; `paper` the, a, an in any case;
+            `keep` none.
         probes: patches per image.
         cluster_input: cluster the `probed` patches of an image (released code) or `all` of them (paper).
         single_repeats: copies of the token in the single-token experiment; `None` is the family's own number.
+        strict: compare an ablated run at the step of its intact one, whether or not it began with an article itself.
         seed: of the tie breaker in the clustering.
     """
 
-    preset: str = "official"
-    tau_prob: float = 0.15
+    preset: Literal["official", "paper", "paper_literal", "lab"] = "official"
+    tau_prob: Finite = 0.15
     tau_out: int = 8
     tau_in: int = 64
-    tau_jsd: float = 2e-3
-    top_k: int = 10
-    clusters_per_image: int = 8
-    clusters_across: int = 64
-    k_image: int = 5
-    k_across: int = 5
-    k_region: float = 1.0
-    k_global: float = 16.0
+    tau_jsd: Finite = 2e-3
+    top_k: Annotated[int, Field(ge=2, le=TOP_K_STORED)] = 10
+    clusters_per_image: Count = 8
+    clusters_across: Count = 64
+    k_image: Count = 5
+    k_across: Count = 5
+    k_region: Finite = 1.0
+    k_global: Finite = 16.0
     prompt: str = "What does this image show? You must provide a single word that best describes the image."
-    article: str = "official"
-    probes: int = 96
-    cluster_input: str = "probed"
-    single_repeats: int | None = None
+    article: Literal["official", "paper", "keep"] = "official"
+    probes: Count = 96
+    cluster_input: Literal["probed", "all"] = "probed"
+    single_repeats: Count | None = None
+    strict: bool = False
     seed: int = 0
-
-    def __post_init__(self):
-        for name, allowed in (("preset", PRESETS), ("article", ARTICLES), ("cluster_input", CLUSTER_INPUTS)):
-            if getattr(self, name) not in allowed:
-                raise _refused(name, getattr(self, name), ", ".join(allowed))
-        if not 2 <= self.top_k <= TOP_K_STORED:
-            raise _refused("top_k", self.top_k, f"2 to {TOP_K_STORED}: as many logits are stored")
-        for name in ("clusters_per_image", "clusters_across", "k_image", "k_across", "probes", "single_repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise _refused(name, value, "whole numbers from 1")
 
     @property
     def by_paper(self) -> bool:
@@ -105,7 +100,7 @@ _LAB = {"tau_prob": 0.3, "tau_out": 12, "clusters_across": 16}
 
 
 def settings_for(family: str, preset: str = "official", **changes: Any) -> BuildSettings:
-    """The settings of a family under a preset, with single fields changed.
+    """The settings of a family under a preset, with single fields changed; numbers may be text.
 
     `official` is the configuration released beside each codebook, `paper_literal` the paper's numbers, and `paper`
     those with `tau_jsd` brought to the scale of Eq. 7 (times `top_k`, see `divergence`). Neighbour counts the
@@ -115,41 +110,29 @@ def settings_for(family: str, preset: str = "official", **changes: Any) -> Build
         UserError: unknown family, preset or field, or a value out of range.
     """
     if family not in _RELEASED:
-        raise _refused("family", family, ", ".join(_RELEASED))
-    if unknown := set(changes) - {entry.name for entry in fields(BuildSettings)}:
-        known = ", ".join(entry.name for entry in fields(BuildSettings))
-        raise _refused("setting", ", ".join(sorted(unknown)), known)
+        raise _refused(f"family={family}", "no such family", ", ".join(_RELEASED))
     chosen = {"official": _RELEASED[family], "lab": _LAB}.get(preset, _PRINTED[family] | _PAPER)
-    settings = BuildSettings(preset, **chosen)
     if preset == "paper":
-        settings = replace(settings, tau_jsd=settings.tau_jsd * settings.top_k)
-    return replace(settings, **changes)
+        chosen = chosen | {"tau_jsd": chosen.get("tau_jsd", BuildSettings.tau_jsd) * chosen["top_k"]}
+    try:
+        return BuildSettings(**{"preset": preset, **chosen, **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0]
+        known = [entry.name for entry in fields(BuildSettings)]
+        message = first["msg"] if name in known else "known settings: " + ", ".join(known)
+        raise _refused(f"{name}={first['input']}", "no such value", message) from error
 
 
-def parse_changes(assignments: list[str]) -> dict[str, Any]:
-    """Settings written as `NAME=VALUE`, in the types of `BuildSettings`.
-
-    Raises:
-        UserError: no such setting, or a value of another type.
-    """
-    # single_repeats is the one number whose default is none.
-    kinds = {entry.name: int if entry.default is None else type(entry.default) for entry in fields(BuildSettings)}
-    changes = {}
-    for assignment in assignments:
-        name, _, value = assignment.partition("=")
-        if name not in kinds:
-            raise _refused("setting", name, ", ".join(kinds))
-        try:
-            changes[name] = kinds[name](value)
-        except ValueError as error:
-            raise _refused(name, value, kinds[name].__name__) from error
-    return changes
+def parse_changes(assignments: list[str]) -> dict[str, str]:
+    """Settings written as `NAME=VALUE`."""
+    return {name: value for name, _, value in (assignment.partition("=") for assignment in assignments)}
 
 
-def _refused(name: str, value: object, allowed: str) -> UserError:
+def _refused(wanted: str, found: str, allowed: str) -> UserError:
     return UserError(
-        wanted=f"codebook settings with {name}={value}",
-        found="no such value",
-        allowed=f"{name}: {allowed}",
+        wanted=f"codebook settings with {wanted}",
+        found=found,
+        allowed=allowed,
         next_step="change the setting, or leave it to the preset",
     )
