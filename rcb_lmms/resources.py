@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import subprocess
 from importlib import metadata
@@ -42,6 +43,16 @@ def source_version() -> dict[str, str | None]:
     except metadata.PackageNotFoundError:
         version = None
     return {"package": "rcb_lmms", "version": version, "commit": _git_commit(PACKAGE.parent)}
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Names the code that runs, in a checkout with changes and in an installed wheel alike."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*")):
+        if file.suffix in (".py", ".yaml") and file.is_file():
+            digest.update(f"{file.relative_to(PACKAGE)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

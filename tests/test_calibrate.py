@@ -31,7 +31,7 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.models.questions import Question
+from rcb_lmms.models.questions import Request
 from rcb_lmms.pruners import make_pruner
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.
@@ -333,7 +333,7 @@ def test_thresholds_that_do_not_fit_are_refused(calibrated, ask, tmp_path, monke
     other = tiny.save_codebook(tmp_path / "other.safetensors", rows=7)
     (tmp_path / "foreign.yaml").write_text("benchmarks: {}\n")
     opened = []
-    monkeypatch.setattr(Question, "load", lambda *_: opened.append(1))
+    monkeypatch.setattr(Request, "load", lambda *_: opened.append(1))
     for arguments, words in [
         ({"thresholds": str(tmp_path / "none.yaml")}, "No such file"),
         ({"thresholds": str(tmp_path / "foreign.yaml")}, "something else: KeyError 'setting'"),

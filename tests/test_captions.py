@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from rcb_lmms import doctor
 from rcb_lmms.cli import app
+from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
-from rcb_lmms.models.questions import Generation
 from rcb_lmms.resources import data_dir
 from rcb_lmms.runs import run_evaluation, working_directory
 from rcb_lmms.scoring import caption_data, captions, corenlp, java, spice

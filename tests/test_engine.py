@@ -6,7 +6,6 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.cost import DecoderShape, codebook_flops
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import generate, last_logits, out_of_memory
-from rcb_lmms.engine.store import ByteStore
 from rcb_lmms.families.images import Visual, content_key
 from rcb_lmms.pruners import PRUNERS, make_pruner
 
@@ -42,7 +41,7 @@ def test_batches_generate_what_single_prompts_do(family, method):
         alone = generate(family, [prompt], OPTIONS, layer_pruner)
         assert alone.texts == [together.texts[index]]
         assert alone.output_tokens == [together.output_tokens[index]]
-    assert together.layer_kept == ([8, 4, 6, 2] if layer_pruner else None)
+    assert [step and step.keep for step in together.steps] == ([8, 4, 6, 2] if layer_pruner else [None] * 4)
     assert len(set(together.texts)) > 1
 
 
@@ -91,19 +90,6 @@ def test_results_do_not_depend_on_what_the_store_forgot(family):
     large, none = ImageEncoder(family, frozenset()), ImageEncoder(family, frozenset(), store_bytes=0)
     for a, b in zip(large.packed(visuals, pruner), none.packed(visuals, pruner), strict=True):
         torch.testing.assert_close(a.embeds, b.embeds, rtol=0, atol=1e-5)
-
-
-def test_the_store_forgets_the_least_recently_used():
-    store = ByteStore(10)
-    for name, size in (("a", 4), ("b", 4)):
-        store.put(name, name, size)
-    assert store.get("a") == "a"
-    store.put("c", "c", 4)
-    assert [name in store for name in "abc"] == [True, False, True]
-    store.put("d", "d", 11)
-    assert "d" not in store
-    store.put("a", "A", 6)
-    assert (store.get("a"), store.used_bytes, len(store)) == ("A", 10, 2)
 
 
 def test_the_vision_batch_is_halved_when_memory_runs_out(family, monkeypatch):

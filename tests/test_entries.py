@@ -288,7 +288,7 @@ def test_the_ledger_counts_what_a_hand_counts(family, method, arguments, documen
     dropped = native - kept if method == "fastv" else 0
     assert max(lengths) == counts.input_tokens - dropped
     flops = (2, counts.input_tokens - dropped) if method == "fastv" else (None, None)
-    assert counts.prefill_tflops == model.shape.prefill_flops(counts.input_tokens, *flops) / 1e12
+    assert counts.prefill_tflops == model.session.shape.prefill_flops(counts.input_tokens, *flops) / 1e12
     model.clean()
     achieved = model.run.achieved["mixed"]
     assert achieved["retained_with_newlines"] - achieved["retained_visual_tokens"] == newlines
@@ -472,7 +472,7 @@ def test_matched_methods_retain_what_the_baseline_chooses(entry, documents):
 
 
 def test_a_matched_count_that_some_image_cannot_have_is_refused_before_any_answer(entry, documents, monkeypatch):
-    monkeypatch.setattr("rcb_lmms.models.base.generate", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("rcb_lmms.engine.session.generate", lambda *_: pytest.fail("asked"))
     mixed = [*documents[:2], *[documents[5]] * 3, documents[2]]  # three views, one (four frames), and five
     with pytest.raises(UserError, match="1 to 5 views, each of which keeps 2 tokens at least") as refusal:
         ask(entry("llava_next", "prumerge_plus", match="prumerge", per="image"), mixed)
@@ -520,7 +520,7 @@ def test_a_video_question_reads_the_seconds_it_names(entry, tmp_path):
     """lmms-eval's chat protocol gives them as `start_time` and `end_time`."""
     from types import SimpleNamespace
 
-    from rcb_lmms.models.questions import Question
+    from rcb_lmms.models.questions import Request
 
     path = save_video(tmp_path / "a.mp4", 3, frames=20)  # four seconds
     family = entry("llava", "full", max_frames_num=2).family
@@ -528,7 +528,7 @@ def test_a_video_question_reads_the_seconds_it_names(entry, tmp_path):
     def load(**times):
         content = [{"type": "video", "url": path, **times}, {"type": "text", "text": "What?"}]
         arguments = ("", lambda doc: [{"role": "user", "content": content}], {}, 0, "t", "s")
-        question = Question.of(SimpleNamespace(args=arguments, metadata=None), {"t": {"s": [None]}})
+        question = Request.of(SimpleNamespace(args=arguments, metadata=None), {"t": {"s": [None]}}, 0)
         return question.load(family)
 
     messages, whole = load()
@@ -619,21 +619,6 @@ def test_two_processes_give_the_results_of_one(entry, checkpoints, documents, co
 
 
 # What is kept and shown
-
-
-def test_answers_kept_before_newlines_were_counted_are_still_read(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from rcb_lmms.files import append_jsonl
-    from rcb_lmms.models import journal
-
-    monkeypatch.setattr(journal, "folder", tmp_path)
-    identity = {"versions": {"commit": "c0ffee"}}
-    question = SimpleNamespace(task="t", request=SimpleNamespace(doc_id=1), generation="g", dataset=None)
-    row = {"question": journal._name(question, {}), "text": "yes", "counts": {"visual_native": 16, "visual_kept": 4}}
-    append_jsonl(journal.Journal(identity, 0)._file, row)
-    counts = journal.Journal(identity, 0).answer(question, {}).token_counts
-    assert (counts.visual_kept, counts.visual_newlines, counts.visual_views) == (4, 0, 0)
 
 
 def test_the_readme_shows_the_table_of_entries():

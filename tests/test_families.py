@@ -80,7 +80,9 @@ def test_optional_tensors_are_left_out_unless_needed(family):
         ("Q", 2, ["image", "image", "Q"]),
         ("A <image> B <image>", 2, ["A <image> B <image>"]),
         ("A <image> B", 3, ["image", "image", "A <image> B"]),
-        ("A <image> B <image> C", 1, ["A <image> B  C"]),
+        ("A <image> B <image> C", 1, ["image", "A <\ue000image> B <\ue000image> C"]),
+        ("<image>A <image> B", 1, ["<image>A <\ue000image> B"]),
+        ("A <image> B <image> C <image>", 2, ["A <image> B <image> C <\ue000image>"]),
         ("Q", 0, ["Q"]),
     ],
 )

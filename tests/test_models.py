@@ -11,10 +11,10 @@ import tiny
 import torch
 
 from rcb_lmms.calibration import fitting
+from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES, class_name
 from rcb_lmms.models.arguments import resolve
-from rcb_lmms.models.questions import Generation
 from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
 
 FAST = {"max_new_tokens": 4}
@@ -197,9 +197,9 @@ def test_a_failed_sample_is_recorded_and_never_scored(evaluate, pope_tree, tmp_p
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(evaluate, monkeypatch):
-    from rcb_lmms.models import base
+    from rcb_lmms.engine import session
 
-    sizes, generate = [], base.generate
+    sizes, generate = [], session.generate
 
     def tight(family, prompts, *rest):
         sizes.append(len(prompts))
@@ -208,7 +208,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(evaluate, monke
         return generate(family, prompts, *rest)
 
     _, calm = evaluate("llava_full", "calm")
-    monkeypatch.setattr(base, "generate", tight)
+    monkeypatch.setattr(session, "generate", tight)
     record, samples = evaluate("llava_full", "tight", batch_size=8)
     assert answers(samples) == answers(calm)
     assert record["failures"] == []
@@ -216,16 +216,17 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(evaluate, monke
 
 
 def test_one_poisoned_prompt_does_not_take_its_batch_along(evaluate, monkeypatch, tmp_path):
-    from rcb_lmms.models import base
+    from rcb_lmms.engine import session
+    from rcb_lmms.families.base import Family
 
-    generate = base.generate
+    generate = session.generate
 
     def poisoned(family, prompts, *rest):
         if any(torch.isnan(prompt.embeds).any() for prompt in prompts):
             raise ValueError("not a number")
         return generate(family, prompts, *rest)
 
-    embed = base.load_family.__globals__["Family"].embed
+    embed = Family.embed
     seen = []
 
     def embed_badly(self, ids, images):
@@ -233,7 +234,7 @@ def test_one_poisoned_prompt_does_not_take_its_batch_along(evaluate, monkeypatch
         seen.append(prompt)
         return dataclasses.replace(prompt, embeds=prompt.embeds * float("nan")) if len(seen) == 6 else prompt
 
-    monkeypatch.setattr(base, "generate", poisoned)
+    monkeypatch.setattr(session, "generate", poisoned)
     monkeypatch.setattr("rcb_lmms.families.base.Family.embed", embed_badly)
     with pytest.raises(UserError, match="1 samples failed"):
         evaluate("llava_full", "poisoned")
@@ -318,7 +319,7 @@ def test_generation_arguments_are_checked_and_cleaned():
     assert drawn.sampled
     assert dict(drawn.options)["max_new_tokens"] == 1024
     assert Generation.parse("seedbench", {"image_aspect_ratio": "original", "until": "X"}).until == ("X",)
-    with pytest.raises(UserError, match="max_new_tokens, do_sample"):
+    with pytest.raises(UserError, match="penalty_alpha"):
         Generation.parse("odd", {"penalty_alpha": 0.6})
 
 
@@ -346,11 +347,10 @@ def test_drawn_answers_depend_on_seed_and_prompt_alone(checkpoint, pope_tree, mo
 
 
 def test_an_interrupted_run_goes_on_behind_its_last_batch(evaluate, monkeypatch, tmp_path, codebook_file):
-    from rcb_lmms.models import base
+    from rcb_lmms.engine import session
 
-    monkeypatch.setattr(base, "versions", lambda: {"commit": "c0ffee"})  # a clean checkout
     _, whole = evaluate("llava_rcb", "whole", keep=5, codebook=codebook_file)
-    generate, calls = base.generate, []
+    generate, calls = session.generate, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -358,7 +358,7 @@ def test_an_interrupted_run_goes_on_behind_its_last_batch(evaluate, monkeypatch,
             raise KeyboardInterrupt
         return generate(*arguments)
 
-    monkeypatch.setattr(base, "generate", interrupted)
+    monkeypatch.setattr(session, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("llava_rcb", "halves", keep=5, codebook=codebook_file)
     assert read_record(tmp_path / "halves")["status"] == "failed"
@@ -370,25 +370,36 @@ def test_an_interrupted_run_goes_on_behind_its_last_batch(evaluate, monkeypatch,
     assert not (tmp_path / "halves" / "answers").exists()
 
 
-def test_answers_of_another_setting_or_of_changed_sources_are_not_taken_over(tmp_path, monkeypatch):
+def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tmp_path, monkeypatch, checkpoint):
     from types import SimpleNamespace
 
     from lmms_eval.api.instance import GenerationResult
 
+    from rcb_lmms.engine.questions import content_of
+    from rcb_lmms.families import load_family
     from rcb_lmms.models import journal
     from rcb_lmms.models.ledger import VisualTokenCounts
+    from rcb_lmms.models.questions import Request
 
+    family = load_family(checkpoint)
     monkeypatch.setattr(journal, "folder", tmp_path / "answers")
-    question = SimpleNamespace(task="t", request=SimpleNamespace(doc_id=1), generation="g", dataset=None)
-    clean, changed = ({"versions": {"commit": commit}} for commit in ("c0ffee", "c0ffee+"))
-    answer = GenerationResult("yes", VisualTokenCounts(input_tokens=9, visual_kept=4))
-    for identity in (clean, changed):
-        journal.Journal(identity, 0).write(question, {"threshold": 0.5}, answer)
-    again = journal.Journal(clean, 1)
-    assert again.answer(question, {"threshold": 0.5}) == answer
-    assert again.answer(question, {"threshold": 0.6}) is None
-    assert journal.Journal({**clean, "seed": 1}, 0).answer(question, {"threshold": 0.5}) is None
-    assert journal.Journal(changed, 0).answer(question, {"threshold": 0.5}) is None
+
+    def question(text, seed=0):
+        content = [{"type": "image", "url": tiny.random_image(seed)}, {"type": "text", "text": text}]
+        arguments = ("", lambda doc: [{"role": "user", "content": content}], {}, 1, "t", "s")
+        return Request.of(SimpleNamespace(args=arguments, metadata=None), {"t": {"s": [None, None]}}, 0)
+
+    asked, fitted = question("What? Answer in one word."), {"threshold": 0.5}
+    answer = GenerationResult("yes", VisualTokenCounts(input_tokens=9, visual_kept=4, kept=["16:8A=="]))
+    journal.Journal({"model": "m"}, 0).write(asked, fitted, content_of(*asked.load(family)), answer)
+    again = journal.Journal({"model": "m"}, 1)
+    assert again.answer(asked, fitted, family) == answer
+    assert again.answer(asked, {"threshold": 0.6}, family) is None
+    assert again.answer(question("What? Answer in detail."), fitted, family) is None
+    assert again.answer(question("What? Answer in one word.", seed=1), fitted, family) is None
+    assert journal.Journal({"model": "n"}, 0).answer(asked, fitted, family) is None
+    monkeypatch.setattr(journal, "sources_hash", lambda: "changed")
+    assert journal.Journal({"model": "m"}, 0).answer(asked, fitted, family) is None
 
 
 def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog):

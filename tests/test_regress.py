@@ -315,13 +315,13 @@ def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsy
 
 def test_samples_that_fail_or_benchmarks_that_are_not_there_are_no_regression(recorded, manager, capsys, monkeypatch):
     path = recorded("random")
-    from rcb_lmms.models.questions import Question
+    from rcb_lmms.models.questions import Request
 
     def unreadable(self, family):
         raise UserError(wanted="read an image", found="noise", allowed="an image", next_step="mend it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Question, "load", unreadable)
+        patch.setattr(Request, "load", unreadable)
         status, text = check(path, manager, capsys)
     assert (status, "every one failed" in text) == (2, True)
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rcb_lmms.calibration.fitting import evidence_of
 from rcb_lmms.calibration.score_files import ImageScores, Medium, ScoredImages, ScoreFiles
 from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.questions import load_turns
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, whole_images_only
 from rcb_lmms.models.processes import gather, rank_and_size
-from rcb_lmms.models.questions import load_turns
 from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
+
 from rcb_lmms.engine.generation import out_of_memory
-from rcb_lmms.engine.store import ByteStore
+from rcb_lmms.engine.ledger import pack_kept
+from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.packed import PackedImage
-from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.views import choose_views
 
 if TYPE_CHECKING:
@@ -41,19 +44,30 @@ class ImageEncoder:
     ):
         self.family, self.needs, self.batch_size, self.per = family, needs, batch_size, per
         self.encoded_images = 0
-        self._views: ByteStore[list[VisualTokens]] = ByteStore(store_bytes)
-        self._packed: ByteStore[PackedImage] = ByteStore(store_bytes)
+        self._views: LRUCache[Hashable, list[VisualTokens]] = LRUCache(store_bytes, lambda views: _bytes_of(views))
+        self._packed: LRUCache[Hashable, PackedImage] = LRUCache(store_bytes, lambda packed: packed.embeds.nbytes)
         self._pruners: dict[int, Pruner] = {}  # kept alive, so that an id names one pruner for good
 
+    def add_needs(self, needs: frozenset[str]) -> None:
+        """Fill in these fields from now on; what was encoded without them is forgotten."""
+        if not needs <= self.needs:
+            self.needs |= needs
+            self._views.clear()
+
     def views(self, visuals: Sequence[Visual], pruner: Pruner | None = None) -> list[list[VisualTokens]]:
-        """Views of opened images and videos, as small as `pruner` wants them; equal ones are encoded once."""
+        """Views of opened images and videos, as small as `pruner` wants them; equal ones are encoded once.
+
+        Raises:
+            UserError: features that are not finite.
+        """
         smaller = pruner if pruner is not None and pruner.stage == "pixels" else None
         found = {visual.key: self._views.get((smaller, visual.key)) for visual in visuals}
         pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
         for batch in self.batches(pending.values()):
             for visual, views in zip(batch, self._encode(batch, self._size(smaller)), strict=True):
+                _check_finite(views)
                 found[visual.key] = views
-                self._views.put((smaller, visual.key), views, sum(map(_view_bytes, views)))
+                _put(self._views, (smaller, visual.key), views)
         return [found[visual.key] for visual in visuals]
 
     def _size(self, smaller: Pruner | None) -> Size | None:
@@ -90,18 +104,47 @@ class ImageEncoder:
         self.encoded_images += len(visuals)
         return encoded
 
-    def packed(self, visuals: Sequence[Visual], pruner: Pruner) -> list[PackedImage]:
-        """Pruned and packed images and videos; the pruner chooses once per visual."""
+    def choices(
+        self, visuals: Sequence[Visual], pruner: Pruner, question: str | None = None
+    ) -> tuple[list[list[VisualTokens]], list[list[Selection]]]:
+        """Views of images and videos, and what the pruner keeps of each."""
+        views = self.views(visuals, pruner)
+        return views, [choose_views(pruner, own, self.per, question) for own in views]
+
+    def packed(self, visuals: Sequence[Visual], pruner: Pruner, question: str | None = None) -> list[PackedImage]:
+        """Pruned and packed images and videos; the pruner chooses once per visual, or per visual and question."""
         name = id(self._pruners.setdefault(id(pruner), pruner))
-        found = {visual.key: self._packed.get((name, visual.key)) for visual in visuals}
+        # What depends on the question is never found again under another one.
+        asked = question if pruner.sees_question and pruner.stage == "view" else None
+        found = {visual.key: self._packed.get((name, asked, visual.key)) for visual in visuals}
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing, pruner), strict=True):
-            packed = self.family.pack_selected(views, choose_views(pruner, views, self.per), visual)
+            selections = choose_views(pruner, views, self.per, question)
+            packed = self.family.pack_selected(views, selections, visual)
+            if any(len(own.kept) < len(own.scores) for own in selections):
+                kept = (pack_kept(own.kept.tolist(), len(own.scores)) for own in selections)
+                packed = replace(packed, kept=tuple(kept))
             found[visual.key] = packed
-            self._packed.put((name, visual.key), packed, packed.embeds.nbytes)
+            _put(self._packed, (name, asked, visual.key), packed)
         return [found[visual.key] for visual in visuals]
 
 
-def _view_bytes(view: VisualTokens) -> int:
-    values: list[Any] = [getattr(view, field.name) for field in fields(view)]
+def _put(cache: LRUCache, key: Hashable, value: Any) -> None:
+    """Remember a value, unless it alone exceeds the bound."""
+    if cache.getsizeof(value) <= cache.maxsize:
+        cache[key] = value
+
+
+def _bytes_of(views: list[VisualTokens]) -> int:
+    values = [getattr(view, field.name) for view in views for field in fields(view)]
     return sum(value.nbytes for value in values if hasattr(value, "nbytes"))
+
+
+def _check_finite(views: list[VisualTokens]) -> None:
+    if not all(bool(view.features.isfinite().all()) for view in views):
+        raise UserError(
+            wanted="visual tokens",
+            found="features that are not finite numbers",
+            allowed="finite features: others make an answer that means nothing",
+            next_step="check the image, the weights, and dtype: float16 overflows where bfloat16 does not",
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.engine.layer_pruning import prune_at_layer
@@ -28,12 +28,16 @@ class Generated:
     Attributes:
         texts: one per prompt.
         output_tokens: tokens generated for each, the end token included.
-        layer_kept: visual tokens that layers behind FastV's layer saw, per prompt; `None` without FastV.
+        finite: whether all logits of each were numbers.
+        steps: what a layer method did to each prompt; `None` without visual tokens, and without a layer method.
+        layer_kept: for each, kept positions among its visual tokens, `(k,)`, behind a layer method's step.
     """
 
     texts: list[str]
     output_tokens: list[int]
-    layer_kept: list[int] | None = field(default=None)
+    finite: list[bool]
+    steps: list[LayerStep | None]
+    layer_kept: list[Tensor | None]
 
 
 def left_pad(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int]]:
@@ -74,11 +78,7 @@ def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> T
 
 
 def generate(
-    family: Family,
-    prompts: Sequence[Prompt],
-    options: dict[str, Any],
-    layer_pruner: Pruner | None = None,
-    per: str = "view",
+    family: Family, prompts: Sequence[Prompt], options: dict[str, Any], pruner: Pruner | None = None, per: str = "view"
 ) -> Generated:
     """Answer one batch.
 
@@ -86,36 +86,66 @@ def generate(
         family: the loaded model.
         prompts: any lengths.
         options: arguments of `GenerationMixin.generate`.
-        layer_pruner: FastV, which drops hidden states inside the decoder.
-        per: `view` or `image`: which of a prompt's parts add a count to FastV's budget.
+        pruner: a layer method drops hidden states inside the decoder; others have done their work.
+        per: `view` or `image`: which of a prompt's parts add a count to a layer method's budget.
     """
     import torch
 
     embeds, mask, starts = left_pad(prompts)
+    layered = pruner is not None and pruner.stage == "layers"
+    steps = [layer_step(pruner, prompt, family.layers, per) if layered and prompt.spans else None for prompt in prompts]
+    watch = _Finite(len(prompts))
     with contextlib.ExitStack() as stack, torch.inference_mode():
-        ranks = None
-        if layer_pruner is not None:
-            steps = [prompt.spans and layer_step(layer_pruner, prompt, family.layers, per) for prompt in prompts]
-            ranks = [step.keep if step else 0 for step in steps]
-            spans = [
-                [(begin + start, end + start) for begin, end in prompt.spans]
-                for prompt, start in zip(prompts, starts, strict=True)
-            ]
-            if first := next(filter(None, steps), None):
-                stack.enter_context(
-                    prune_at_layer(family.model, layer=first.layer, keep=ranks, spans=spans, mode=layer_pruner.mode)
-                )
+        pruning = None
+        if any(steps):
+            spans = [prompt.spans_from(start) for prompt, start in zip(prompts, starts, strict=True)]
+            keep = [step.keep if step else 0 for step in steps]
+            layer = next(step.layer for step in steps if step)
+            pruning = stack.enter_context(
+                prune_at_layer(family.model, layer=layer, keep=keep, spans=spans, mode=pruner.mode)
+            )
         ids = family.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             pad_token_id=family.tokenizer.pad_token_id or family.tokenizer.eos_token_id,
+            logits_processor=[watch],
             **options,
         )
+    kept = [None] * len(prompts)
+    if pruning is not None:
+        kept = [
+            among_visual(prompt, own - start) for prompt, own, start in zip(prompts, pruning.kept, starts, strict=True)
+        ]
     return Generated(
         family.tokenizer.batch_decode(ids, skip_special_tokens=True),
         [_length(row, family) for row in ids.tolist()],
-        ranks,
+        watch.finite.tolist(),
+        steps,
+        kept,
     )
+
+
+class _Finite:
+    """A logits processor that changes nothing and remembers which prompts' logits were no numbers."""
+
+    def __init__(self, prompts: int):
+        import torch
+
+        self.finite = torch.ones(prompts, dtype=torch.bool)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        # Minus infinity alone is what other processors write for tokens that may not be drawn.
+        wrong = scores.isnan().any(dim=1) | scores.isposinf().any(dim=1) | scores.isneginf().all(dim=1)
+        self.finite &= ~wrong.view(len(self.finite), -1).any(dim=1).cpu()  # beams of one prompt stand together
+        return scores
+
+
+def among_visual(prompt: Prompt, positions: Tensor) -> Tensor:
+    """Positions in a prompt `(k,)` as indices among its visual tokens."""
+    import torch
+
+    candidates = torch.cat([torch.arange(start, stop) for start, stop in prompt.spans] or [torch.arange(0)])
+    return torch.searchsorted(candidates, positions)
 
 
 def layer_step(pruner: Pruner, prompt: Prompt, layers: int, per: str) -> LayerStep:

@@ -242,7 +242,8 @@ class Family(ABC):
         """Token ids of a conversation, one placeholder id per image, assistant turn opened.
 
         Args:
-            messages: Hugging Face chat messages; `{"type": "image"}` items mark where images stand.
+            messages: Hugging Face chat messages; `{"type": "image"}` items mark where images stand. Special tokens that
+                somebody typed into a text (`<video>`, `<|im_end|>`) are words like any other.
         """
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
         if self.template != "checkpoint":

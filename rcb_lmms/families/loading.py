@@ -58,6 +58,7 @@ def load_family(
     """
     import torch
 
+    pretrained = str(pretrained)
     place = _locate(pretrained, family or "llava")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen, original = _recognise(place, family)

@@ -39,6 +39,10 @@ class Prompt:
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
+    def spans_from(self, start: int) -> list[tuple[int, int]]:
+        """The spans in a sequence in which the prompt begins at `start`."""
+        return [(begin + start, end + start) for begin, end in self.spans]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,7 +64,8 @@ class Rows:
 class PackedImage:
     """One image or video after pruning: its rows in packing order, its visual tokens before and after, its views.
 
-    `encoded` are the visual tokens of its views; a packing that cuts padding off has fewer `native` ones.
+    `encoded` are the visual tokens of its views; a packing that cuts padding off has fewer `native` ones. `kept` says
+    for each view which tokens stayed, as `rcb_lmms.engine.ledger.pack_kept` writes it; it is empty if all did.
     """
 
     rows: Rows
@@ -68,6 +73,7 @@ class PackedImage:
     retained: int
     views: int = 1
     encoded: int = 0
+    kept: tuple[str, ...] = ()
 
     @property
     def embeds(self) -> Tensor:

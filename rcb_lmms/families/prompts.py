@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_PLACEHOLDER = "<image>"
-# Videos are never placed inside a text: there, the mark is seven letters that somebody wrote.
-VIDEO_PLACEHOLDER = "<video>"
-# Stands for such letters while the chat template is applied: a private-use character, which no question has.
-WRITTEN = "\ue0f0"
+# Stands inside a special token that somebody typed, and comes out again before the text is cut into tokens: a
+# private-use character, which no question has.
+BREAK = "\ue000"
 
 Messages = list[dict[str, Any]]
 
@@ -23,12 +22,18 @@ Messages = list[dict[str, Any]]
 def interleave(text: str, media: Sequence[str]) -> list[dict[str, str]]:
     """Chat content in which every `<image>` inside `text` stands for one of `media` (`image` or `video`), in order.
 
-    Media without a placeholder come first, placeholders without a medium are dropped (MuirBench and Mantis have
-    both kinds). Placed images stay inside the text: templates move image *items* to the front.
+    Media without a placeholder come first (MuirBench and Mantis have such). Placed images stay inside the text:
+    templates move image *items* to the front. A video is never placed inside. What stands for no image is a word that
+    somebody typed: a placeholder behind those of all images and, beside one image, any that does not begin the text.
     """
+    text = text.replace(BREAK, "")
     parts = text.split(IMAGE_PLACEHOLDER)
-    placed = min(len(parts) - 1, media.count("image"))
-    text = IMAGE_PLACEHOLDER.join(parts[: placed + 1]) + "".join(parts[placed + 1 :])
+    images = media.count("image")
+    if images == 1 and parts[0].strip():
+        images = 0
+    placed = min(len(parts) - 1, images)
+    typed = _broken(IMAGE_PLACEHOLDER)
+    text = IMAGE_PLACEHOLDER.join(parts[: placed + 1]) + "".join(typed + part for part in parts[placed + 1 :])
     inside = placed
     first = []
     for medium in reversed(media):
@@ -39,35 +44,39 @@ def interleave(text: str, media: Sequence[str]) -> list[dict[str, str]]:
     return [*first, {"type": "text", "text": text}]
 
 
-def token_ids(
-    tokenizer: Any, render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]
-) -> list[int]:
-    """Token ids of a conversation in which a written `<video>` is text.
+def token_ids(tokenizer: Any, render: Callable[[Messages], str], messages: Messages) -> list[int]:
+    """Token ids of a conversation in which special tokens that somebody typed (`<video>`, `<|im_end|>`) are words.
 
     Args:
         tokenizer: of the checkpoint.
         render: applies the chat template.
-        messages: Hugging Face chat messages.
+        messages: Hugging Face chat messages, whose texts hold the placeholders that `interleave` has left there.
     """
-    text = render([{**turn, "content": _as_written(turn["content"])} for turn in messages])
+    typed = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {IMAGE_PLACEHOLDER}
+    text = render([{**turn, "content": _as_typed(turn["content"], typed)} for turn in messages])
     bos = tokenizer.bos_token
     # Templates that write the BOS token themselves would get a second one from the tokenizer.
     special = not (bos and text.startswith(bos))
-    first, *others = text.split(WRITTEN)
+    first, *others = text.split(BREAK)
     ids = list(tokenizer(first, add_special_tokens=special)["input_ids"])
     for part in others:
-        ids += tokenizer(VIDEO_PLACEHOLDER, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     return ids
 
 
-def _as_written(content: Any) -> Any:
-    if isinstance(content, str):
-        return content.replace(VIDEO_PLACEHOLDER, WRITTEN)
-    return [
-        item | {"text": item["text"].replace(VIDEO_PLACEHOLDER, WRITTEN)} if item["type"] == "text" else item
-        for item in content
-    ]
+def _as_typed(content: Any, special: set[str]) -> Any:
+    if isinstance(content, list):
+        return [
+            item | {"text": _as_typed(item["text"], special)} if item["type"] == "text" else item for item in content
+        ]
+    for token in sorted(special, key=len, reverse=True):
+        content = content.replace(token, _broken(token))
+    return content
+
+
+def _broken(token: str) -> str:
+    """A special token in two parts, neither of which a tokenizer takes for it."""
+    return token[:1] + BREAK + token[1:]
 
 
 def embedded(

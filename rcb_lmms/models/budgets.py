@@ -10,7 +10,7 @@ from rcb_lmms.calibration import fitting
 from rcb_lmms.errors import UserError
 from rcb_lmms.models.arguments import VIDEO
 from rcb_lmms.models.processes import gather
-from rcb_lmms.models.questions import Question
+from rcb_lmms.models.questions import Request
 from rcb_lmms.pruners.base import Pruner
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ENCODING = ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype
 
 
 def calibrate_requests(
-    model: PrunedModel, task: str, questions: list[Question], target: Target
+    model: PrunedModel, task: str, questions: list[Request], target: Target
 ) -> tuple[Pruner, fitting.Calibration, bool]:
     """Fit the entry's method to a task's requests; every process gets the same result.
 
@@ -72,7 +72,7 @@ def calibrate_requests(
     return fitted, record, False
 
 
-def _opened(model: PrunedModel, question: Question) -> list[Visual]:
+def _opened(model: PrunedModel, question: Request) -> list[Visual]:
     try:
         return question.load(model.family)[1]
     except Exception:
@@ -80,7 +80,7 @@ def _opened(model: PrunedModel, question: Question) -> list[Visual]:
         return []
 
 
-def _visuals(model: PrunedModel, questions: list[Question], keys: list[list[str]]) -> Iterator[Visual]:
+def _visuals(model: PrunedModel, questions: list[Request], keys: list[list[str]]) -> Iterator[Visual]:
     """Each distinct visual once, opened again when its turn comes: a benchmark does not fit into memory."""
     seen: set[str] = set()
     for question, of_question in zip(questions, keys, strict=True):

@@ -15,9 +15,12 @@ from typing import Any
 
 from lmms_eval.api.instance import GenerationResult
 
+from rcb_lmms.engine.questions import content_of
+from rcb_lmms.families.base import Family
 from rcb_lmms.files import append_jsonl, read_jsonl
 from rcb_lmms.models.ledger import VisualTokenCounts
-from rcb_lmms.models.questions import Question
+from rcb_lmms.models.questions import Request
+from rcb_lmms.resources import sources_hash
 
 # Set by the console scripts and by `run_evaluation`; without it nothing is kept.
 folder: Path | None = None
@@ -34,29 +37,34 @@ class Journal:
     def __init__(self, identity: dict[str, Any], rank: int):
         self._file: Path | None = None
         self._known: dict[str, dict[str, Any]] = {}
-        # Changed sources have no commit that names them, so their answers may not be mixed.
-        if folder is None or str(identity["versions"]["commit"]).endswith("+"):
+        if folder is None:
             return
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        whole = {**identity, "sources": sources_hash()}
+        name = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self._file = folder / f"{name}-{rank}.jsonl"
         for file in sorted(folder.glob(f"{name}-*.jsonl")):
             self._known |= {row["question"]: row for row in read_jsonl(file)}
 
-    def answer(self, question: Question, parameters: dict[str, Any]) -> GenerationResult | None:
-        """The answer given before under the same fitted `parameters`, or `None`."""
+    def answer(self, question: Request, parameters: dict[str, Any], family: Family) -> GenerationResult | None:
+        """The answer given before to the same words and images under the same fitted `parameters`, or `None`."""
         row = self._known.get(_name(question, parameters))
-        return row and GenerationResult(row["text"], VisualTokenCounts(**row["counts"]))
+        if row is None:
+            return None
+        try:
+            asked = content_of(*question.load(family))
+        except Exception:  # it fails again, and is told, when it is to be answered
+            return None
+        return GenerationResult(row["text"], VisualTokenCounts(**row["counts"])) if asked == row["asked"] else None
 
-    def write(self, question: Question, parameters: dict[str, Any], answer: GenerationResult) -> None:
-        """Keep an answer."""
+    def write(self, question: Request, parameters: dict[str, Any], asked: str, answer: GenerationResult) -> None:
+        """Keep an answer; `asked` names the words and images that it answers."""
         if self._file is not None:
-            row = {"question": _name(question, parameters), "text": answer.text}
+            row = {"question": _name(question, parameters), "asked": asked, "text": answer.text}
             append_jsonl(self._file, row | {"counts": dataclasses.asdict(answer.token_counts)})
 
 
-def _name(question: Question, parameters: dict[str, Any]) -> str:
-    data = getattr(question.dataset, "_fingerprint", None)
-    return json.dumps([question.task, question.request.doc_id, data, repr(question.generation), parameters])
+def _name(question: Request, parameters: dict[str, Any]) -> str:
+    return json.dumps([question.task, question.doc_id, repr(question.generation), parameters])
 
 
 def forget(place: Path) -> None:

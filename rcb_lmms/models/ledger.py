@@ -22,8 +22,7 @@ RUNS: list[RunRecord] = []
 class VisualTokenCounts(TokenCounts):
     """lmms-eval's token counts with the visual tokens and the prefill's cost beside them.
 
-    Newline embeddings are counted apart: they are no visual tokens and never pruned, but cost as much. `visual_capped`
-    is 1 if FastV was to keep more tokens than the packing left the prompt, and kept them all.
+    The fields are those of `rcb_lmms.engine.ledger.LedgerRow`.
     """
 
     visual_native: int = 0
@@ -33,6 +32,7 @@ class VisualTokenCounts(TokenCounts):
     visual_layer_average: float = 0.0
     visual_capped: int = 0
     prefill_tflops: float = 0.0
+    kept: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As it appears in the samples file."""
@@ -44,6 +44,7 @@ class VisualTokenCounts(TokenCounts):
             "visual_layer_average": round(self.visual_layer_average, 3),
             "visual_capped": self.visual_capped,
             "prefill_tflops": float(f"{self.prefill_tflops:.6g}"),
+            "kept": self.kept,
         }
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
     from rcb_lmms.models.base import PrunedModel
     from rcb_lmms.models.ledger import RunRecord
-    from rcb_lmms.models.questions import Question
+    from rcb_lmms.models.questions import Request
     from rcb_lmms.pruners.base import Pruner
 
 # Not what an answer depends on, or said better by a hash of content.
@@ -152,16 +152,16 @@ def _fitted(model: PrunedModel, run: RunRecord, task: str) -> Pruner:
 def _samples(
     name: str, task: Any, names: list[str], results: dict[str, Any], encoder: ImageEncoder, pruner: Pruner
 ) -> Iterator[Sample]:
-    from rcb_lmms.models.questions import Question
+    from rcb_lmms.models.questions import Request
 
     rows = {row["doc_id"]: row for row in results["samples"][name]}
     for request in task.instances:
-        question = Question.of(request, {name: task.dataset})
+        question = Request.of(request, {name: task.dataset}, 0)
         row = rows[request.doc_id]
         yield _sample(names[request.doc_id], question, row, encoder, pruner)
 
 
-def _sample(name: str, question: Question, row: dict[str, Any], encoder: ImageEncoder, pruner: Pruner) -> Sample:
+def _sample(name: str, question: Request, row: dict[str, Any], encoder: ImageEncoder, pruner: Pruner) -> Sample:
     messages, visuals = question.load(encoder.family)
     ids = encoder.family.chat(messages)
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]

@@ -1,0 +1,92 @@
+"""What answering one question cost: visual tokens before and after pruning, layer by layer on average, and FLOPs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rcb_lmms.cost import DecoderShape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rcb_lmms.families.packed import Prompt
+    from rcb_lmms.pruners.base import LayerStep, Pruner
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One question's costs.
+
+    Newline embeddings are counted apart: they are no visual tokens and never pruned, but cost as much.
+
+    Attributes:
+        input_tokens: rows of the prompt, text and newlines included; `output_tokens` were generated, the end token too.
+        visual_native, visual_kept: visual tokens before and after pruning; for a layer method, behind its last step.
+        visual_layer_average: visual tokens per decoder layer, averaged over the layers.
+        visual_capped: 1 if a layer method was to keep more tokens than the packing left the prompt, and kept them all.
+        prefill_tflops: of the decoder, under the formula of `rcb_lmms.cost`.
+        kept: one string for each view (for a layer method one for the prompt): see `pack_kept`.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    visual_native: int
+    visual_kept: int
+    visual_newlines: int
+    visual_views: int
+    visual_layer_average: float
+    visual_capped: int
+    prefill_tflops: float
+    kept: tuple[str, ...] = ()
+
+
+def ledger_row(
+    prompt: Prompt,
+    output_tokens: int,
+    shape: DecoderShape,
+    pruner: Pruner,
+    step: LayerStep | None,
+    shares: int,
+    kept: tuple[str, ...] = (),
+) -> LedgerRow:
+    """The costs of one prompt; `step` is what a layer method did to it."""
+    retained, average, pruned, capped = prompt.retained, float(prompt.retained), (None, None), False
+    if step is not None:
+        retained = step.keep
+        capped = pruner.budget.kind == "tokens" and pruner.budget.value * shares > prompt.retained
+        average = (step.layer * prompt.retained + (shape.layers - step.layer) * retained) / shape.layers
+        # The candidates are the visual tokens that stand in the prompt; newlines between them stay.
+        pruned = (step.layer, len(prompt) - prompt.retained + retained)
+    return LedgerRow(
+        input_tokens=len(prompt),
+        output_tokens=output_tokens,
+        visual_native=prompt.native,
+        visual_kept=retained,
+        visual_newlines=prompt.newlines,
+        visual_views=prompt.views,
+        visual_layer_average=average,
+        visual_capped=int(capped),
+        prefill_tflops=shape.prefill_flops(len(prompt), *pruned) / 1e12,
+        kept=kept,
+    )
+
+
+def pack_kept(kept: Sequence[int], native: int) -> str:
+    """Kept indices among `native` tokens in a few characters: `native:` and one bit for each token, in base64."""
+    import numpy as np
+
+    mask = np.zeros(native, dtype=bool)
+    mask[list(kept)] = True
+    return f"{native}:{base64.b64encode(np.packbits(mask)).decode()}"
+
+
+def unpack_kept(text: str) -> tuple[np.ndarray, int]:
+    """The inverse of `pack_kept`: kept indices `(k,)` ascending, and the number of tokens they are among."""
+    import numpy as np
+
+    native, _, bits = text.partition(":")
+    mask = np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8), count=int(native))
+    return np.flatnonzero(mask), int(native)

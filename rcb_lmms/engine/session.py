@@ -1,0 +1,291 @@
+"""A model and a method that answer questions: in a notebook, in pictures and regressions, and under lmms-eval."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.cost import DecoderShape
+from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.generation import Generated, among_visual, generate, layer_step, left_pad, out_of_memory, shares
+from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.ledger import ledger_row, pack_kept
+from rcb_lmms.engine.options import Generation
+from rcb_lmms.engine.questions import Answer, Question, Turns, content_of, said
+from rcb_lmms.errors import BudgetError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rcb_lmms.families.base import Family
+    from rcb_lmms.families.images import Visual
+    from rcb_lmms.families.packed import PackedImage, Prompt
+    from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+
+logger = logging.getLogger(__name__)
+
+# Batches whose prompts are made ready together, so that they can be sorted by length.
+WINDOW_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a method kept of one question.
+
+    Attributes:
+        views: of each image or video.
+        selections: one for each view; whole views under a layer method.
+        layer_kept: for a layer method, by layer: kept positions among the prompt's visual tokens, `(k,)` ascending.
+        layer_scores: by layer: the score of each of these visual tokens, `(n,)` float32.
+    """
+
+    views: list[list[VisualTokens]]
+    selections: list[list[Selection]]
+    layer_kept: dict[int, Tensor]
+    layer_scores: dict[int, Tensor]
+
+
+@dataclass
+class _Ready:
+    """A question whose prompt is in embedding space, and what was kept of its images."""
+
+    prompt: Prompt
+    kept: tuple[str, ...]
+    asked: str
+
+
+class Session:
+    """Answers questions with one method on one model; a question that fails costs the others nothing.
+
+    Args:
+        family: a loaded model (`rcb_lmms.families.load_family`).
+        pruner: the method, fitted if its budget is a mean.
+        engine: `auto` or `transformers`, in this process.
+        batch_size: questions per forward pass; halved for good when memory runs out.
+        per: `view` or `image`: what the budget is spent on.
+        seed: of answers that are drawn at random.
+        encoder: of another session on the same model, to share its encoded images.
+
+    Attributes:
+        seconds: spent so far on `open`, `encode` (the tower, choosing and packing) and `generate`.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pruner: Pruner,
+        *,
+        engine: str = "auto",
+        batch_size: int = 8,
+        per: str = "view",
+        seed: int = 0,
+        encoder: ImageEncoder | None = None,
+    ):
+        if engine not in ("auto", "transformers"):
+            raise UserError(
+                wanted=f"engine={engine}",
+                found="no such engine",
+                allowed="auto, transformers",
+                next_step="engine=auto",
+            )
+        self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
+        self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
+        self.shape = DecoderShape.of(family.model.config)
+        self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
+        self.seconds: Counter[str] = Counter()
+
+    def with_pruner(self, pruner: Pruner) -> Session:
+        """Another method on the same model and the same encoded images."""
+        self.encoder.add_needs(pruner.needs)
+        options = {"batch_size": self.batch_size, "per": self.per, "seed": self.seed}
+        other = Session(self.family, pruner, encoder=self.encoder, **options)
+        other.seconds = self.seconds
+        return other
+
+    def answer(self, questions: Sequence[Question], **generation: Any) -> list[Answer]:
+        """Answer questions, in their order.
+
+        Args:
+            questions: any number, about any images and videos.
+            generation: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, `num_beams`,
+                `repetition_penalty` and `until`, strings that an answer is cut at.
+
+        Raises:
+            UserError: an argument that is not supported.
+            BudgetError: a budget that cannot be met, or a method that broke its own.
+        """
+        answers = dict(self.stream(questions, Generation.parse("answer", generation)))
+        return [answers[index] for index in range(len(questions))]
+
+    def stream(self, questions: Sequence[Question], generation: Generation) -> Iterator[tuple[int, Answer]]:
+        """Answers with the index of their question, as they come: batch by batch, each window sorted by length."""
+        begin = 0
+        while begin < len(questions):
+            window = dict(enumerate(questions[begin : begin + WINDOW_BATCHES * self.batch_size], begin))
+            begin += len(window)
+            ready, failed = self._prepare(window)
+            yield from failed.items()
+            by_length = sorted(ready, key=lambda index: len(ready[index].prompt))
+            size = 1 if generation.sampled else self.batch_size
+            for start in range(0, len(by_length), size):
+                batch = {index: ready[index] for index in by_length[start : start + size]}
+                yield from self._generate(batch, window, generation).items()
+
+    # From questions to prompts
+
+    def _prepare(self, window: dict[int, Question]) -> tuple[dict[int, _Ready], dict[int, Answer]]:
+        loaded, ready, failed = {}, {}, {}
+        with self._timed("open"):
+            for index, question in window.items():
+                try:
+                    loaded[index] = question.load(self.family)
+                except Exception as error:  # whatever a damaged document raises
+                    failed[index] = _failed(error)
+        with self._timed("encode"):
+            packed = self._pack_all(loaded)
+            for index, (messages, visuals) in loaded.items():
+                try:
+                    if isinstance(packed[index], Exception):
+                        raise packed[index]
+                    ready[index] = self._embed(messages, visuals, packed[index])
+                except BudgetError:
+                    raise
+                except Exception as error:
+                    failed[index] = _failed(error)
+        return ready, failed
+
+    def _pack_all(self, loaded: dict[int, Any]) -> dict[int, list[PackedImage] | Exception]:
+        """Pruned images of each question: of all in one go or, where that fails, question by question."""
+        try:
+            if not self.pruner.sees_question or self.pruner.stage != "view":
+                every = [visual for _, visuals in loaded.values() for visual in visuals]
+                packed = iter(self.encoder.packed(every, self.pruner))
+                return {index: [next(packed) for _ in visuals] for index, (_, visuals) in loaded.items()}
+        except BudgetError:
+            raise
+        except Exception as error:
+            logger.debug("encoding a window failed, so its questions are encoded one by one: %s", error)
+        found: dict[int, list[PackedImage] | Exception] = {}
+        for index, (messages, visuals) in loaded.items():
+            try:
+                found[index] = self.encoder.packed(visuals, self.pruner, said(messages))
+            except BudgetError:
+                raise
+            except Exception as error:
+                found[index] = error
+        return found
+
+    def _embed(self, messages: Turns, visuals: list[Visual], packed: list[PackedImage]) -> _Ready:
+        # A text is at least as long as its tokens, up to many letters each: refused before it is cut into tokens.
+        longest = 64 * (self.context or 1 << 20)
+        if len(said(messages)) > longest:
+            raise self._too_long(f"a text of {len(said(messages))} characters")
+        ids = self.family.chat(messages)
+        length = len(ids) + sum(len(own.rows) - 1 for own in packed)
+        if self.context is not None and length >= self.context:
+            raise self._too_long(f"a prompt of {length} tokens")
+        kept = tuple(view for own in packed for view in own.kept)
+        return _Ready(self.family.embed(ids, packed), kept, content_of(messages, visuals))
+
+    def _too_long(self, found: str) -> UserError:
+        return UserError(
+            wanted="an answer",
+            found=found,
+            allowed=f"prompts and answers of {self.context} tokens together, the model's context",
+            next_step="shorten the question, keep fewer visual tokens, or show fewer images",
+        )
+
+    # From prompts to answers
+
+    def _generate(
+        self, batch: dict[int, _Ready], window: dict[int, Question], generation: Generation
+    ) -> dict[int, Answer]:
+        """Answers of one batch; halved where it fails, until it fits or the failing question stands alone."""
+        import torch
+
+        if generation.sampled:
+            torch.manual_seed(window[next(iter(batch))].draw_seed)
+        try:
+            with self._timed("generate"):
+                prompts = [ready.prompt for ready in batch.values()]
+                generated = generate(self.family, prompts, dict(generation.options), self.pruner, self.per)
+        except BudgetError:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                return dict.fromkeys(batch, _failed(error))
+            if out_of_memory(error):
+                self.batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+            items, middle = list(batch.items()), len(batch) // 2
+            first, second = dict(items[:middle]), dict(items[middle:])
+            return self._generate(first, window, generation) | self._generate(second, window, generation)
+        return {
+            index: self._answer(ready, generated, row, generation) for row, (index, ready) in enumerate(batch.items())
+        }
+
+    def _answer(self, ready: _Ready, generated: Generated, row: int, generation: Generation) -> Answer:
+        prompt, output = ready.prompt, generated.output_tokens[row]
+        if not generated.finite[row]:
+            return Answer(error="the language model's logits are not finite numbers")
+        if self.context is not None and len(prompt) + output > self.context:
+            return _failed(self._too_long(f"a prompt of {len(prompt)} tokens and an answer of {output}"))
+        step, kept = generated.steps[row], ready.kept
+        if step is not None:
+            kept = (pack_kept(generated.layer_kept[row].tolist(), prompt.retained),)
+        own = ledger_row(prompt, output, self.shape, self.pruner, step, shares(prompt, self.per), kept)
+        return Answer(generation.cut(generated.texts[row]), own, asked=ready.asked)
+
+    # What was kept
+
+    def trace(self, question: Question) -> Trace:
+        """Show what the method keeps of a question's images; a layer method is run on its prompt, once.
+
+        Raises:
+            UserError: an image cannot be read, or a budget cannot be met.
+        """
+        import torch
+
+        messages, visuals = question.load(self.family)
+        views, selections = self.encoder.choices(visuals, self.pruner, said(messages))
+        layer_kept, layer_scores = {}, {}
+        if self.pruner.stage == "layers" and visuals:
+            prompt = self.family.embed(self.family.chat(messages), self.encoder.packed(visuals, self.pruner))
+            step = layer_step(self.pruner, prompt, self.family.layers, self.per)
+            embeds, mask, _ = left_pad([prompt])
+            spans = [list(prompt.spans)]
+            with (
+                torch.inference_mode(),
+                prune_at_layer(self.family.model, layer=step.layer, keep=step.keep, spans=spans) as pruning,
+            ):
+                self.family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            layer_kept[step.layer] = among_visual(prompt, pruning.kept[0])
+            layer_scores[step.layer] = pruning.scores[0]
+        return Trace(views, selections, layer_kept, layer_scores)
+
+    def _timed(self, stage: str) -> _Timer:
+        return _Timer(self.seconds, stage)
+
+
+class _Timer:
+    """Adds the seconds inside a `with` block to a stage."""
+
+    def __init__(self, seconds: Counter[str], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.stage] += time.perf_counter() - self.began
+
+
+def _failed(error: Exception) -> Answer:
+    if not isinstance(error, UserError):
+        logger.debug("a question failed", exc_info=error)
+        return Answer(error=f"{type(error).__name__}: {error}")
+    return Answer(error=f"{error.wanted}: {error.found}; allowed: {error.allowed}")
