@@ -202,7 +202,9 @@ def test_another_subset_codebook_or_checkpoint_is_refused_by_name(recorded, decl
 def test_behaviour_that_changed_behind_the_same_arguments_is_a_regression(recorded, manager, capsys, monkeypatch):
     path = recorded("random")
     select = RandomPruning.select
-    monkeypatch.setattr(RandomPruning, "select", lambda self, view: select(dataclasses.replace(self, seed=2), view))
+    monkeypatch.setattr(
+        RandomPruning, "select", lambda self, *given: select(dataclasses.replace(self, seed=2), *given)
+    )
     status, text = check(path, manager, capsys)
     assert status == 1
     assert "REGRESSED random" in text
@@ -287,13 +289,13 @@ def test_changed_data_are_told_apart_from_changed_results(recorded, manager, cap
 
 
 def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsys, monkeypatch, tmp_path):
-    from rcb_lmms.models import base
+    from rcb_lmms.engine import session
 
     # A clean checkout: answers of changed sources are not kept.
     monkeypatch.setattr(base, "versions", lambda: {"commit": "c0ffee", "torch": torch.__version__})
     path = recorded("random")
     golden = path.with_suffix("") / "random.jsonl"
-    before, generate, calls = golden.read_bytes(), base.generate, []
+    before, generate, calls = golden.read_bytes(), session.generate, []
 
     def killed(*arguments):
         calls.append(len(arguments[1]))
@@ -301,7 +303,7 @@ def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsy
             raise KeyboardInterrupt
         return generate(*arguments)
 
-    monkeypatch.setattr(base, "generate", killed)
+    monkeypatch.setattr(session, "generate", killed)
     for run in (command.check, command.record):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
