@@ -10,6 +10,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.base import Family
+from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_template, family_class
 from rcb_lmms.families.video import VideoReader
@@ -74,7 +75,7 @@ def load_family(
         model.eval().to(device),
         processor,
         pretrained=pretrained,
-        fingerprint=_fingerprint(place.path, model.config),
+        fingerprint=fingerprint(place.path, model.config),
         preprocess=preprocess,
         template=template or default_template(chosen.name, pretrained),
         original=original is not None,
@@ -189,14 +190,3 @@ def _dtype(name: str, device: str) -> Any:
     if choose("dtype", name, DTYPES) == "auto":
         name = "float32" if device == "cpu" else "float16"
     return getattr(torch, name)
-
-
-def _fingerprint(path: str, config: Any) -> str:
-    """Names the weights without reading gigabytes: a hub commit, or the files' names, sizes and times."""
-    import hashlib
-
-    if commit := getattr(config, "_commit_hash", None):
-        return commit
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -41,39 +41,16 @@ TOWERS = {
     },
 }
 
+# What a configuration of the original says in Hugging Face's words.
 TOWER_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "projection_dim",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
-)
-
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
+    "projection_dim hidden_act layer_norm_eps attention_dropout"
+).split()
 TEXT_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "initializer_range",
-    "attention_bias",
-    "attention_dropout",
-    "use_sliding_window",
-    "sliding_window",
-    "max_window_layers",
-    "tie_word_embeddings",
-)
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps rope_theta rope_scaling initializer_range attention_bias attention_dropout "
+    "use_sliding_window sliding_window max_window_layers tie_word_embeddings"
+).split()
 
 
 @dataclass(frozen=True)
