@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import tiny
 import torch
-from PIL import Image
 
 from rcb_lmms.codebook import probe
 from rcb_lmms.codebook.build import build
-from rcb_lmms.families.base import interleave
+from rcb_lmms.families.images import Visual
+from rcb_lmms.families.prompts import interleave
 from rcb_lmms.pruners.base import Selection, VisualTokens
 from rcb_lmms.pruners.none import NoPruning
 
@@ -75,18 +75,37 @@ def names_in_rows(rows, columns, columns_of_tiles):
     return expected
 
 
-def image_and_views():
-    """An image, and pixels of its base view and its 2 x 2 tiles by hand."""
-    # As high as 2 x 2 tiles, so that it is not resized: 14 black pixels on both sides.
-    image = tiny.random_image(2, 84, 112)
-    canvas = Image.new("RGB", (112, 112))
-    canvas.paste(image, (14, 0))
-    tiles = [canvas.crop((x, y, x + 56, y + 56)) for y in (0, 56) for x in (0, 56)]
-    return image, [stretched(image), *tiles]
+def video(count, size=(80, 60)):
+    return Visual(tuple(tiny.random_image(30 + number, *size) for number in range(count)), "video")
 
 
-def stretched(image):
-    return image.resize((56, 56), Image.Resampling.BICUBIC)
+@torch.inference_mode()
+def fed_with(family, pixels):
+    """Fields of `VisualTokens` for `(3, 56, 56)` pixels by the plain tower, with hooks on its last block."""
+    model, seen = family.model.model, {}
+    attention = model.vision_tower.encoder.layers[-1].self_attn
+    hooks = [
+        getattr(attention, name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out[0]}))
+        for name in ("q_proj", "k_proj")
+    ]
+    output = model.vision_tower(pixels[None], output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    if "cls_attention" not in family.provides:
+        hidden = output.hidden_states[-1]
+        # What the projector reads comes before the tower's last norm.
+        normed = model.vision_tower.post_layernorm(hidden)
+        torch.testing.assert_close(normed, output.last_hidden_state, rtol=0, atol=1e-5)
+        return {"features": model.multi_modal_projector(hidden)[0], "encoder_features": hidden[0]}
+    hidden = output.hidden_states[-2][0]
+    keys, query = seen["k_proj"].double(), seen["q_proj"].double()[0]
+    return {
+        "features": model.multi_modal_projector(hidden[1:]),
+        "encoder_features": hidden[1:],
+        "keys": keys[1:],
+        "cls_attention": torch.softmax(keys @ query / keys.shape[1] ** 0.5, 0)[1:],
+        "cls_similarity": torch.cosine_similarity(hidden[1:].double(), hidden[:1].double()),
+    }
 
 
 def codebook_and_prompts(family, image, settings, folder, monkeypatch):
