@@ -20,6 +20,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
+from slow import slow_dpc, softmax
 
 from rcb_lmms.codebook import Codebook, cards
 from rcb_lmms.codebook.artefact import import_upstream
@@ -481,25 +482,6 @@ def test_show_counts_duplicates_norms_and_clusters():
 # Clustering
 
 
-def slow_dpc(x, clusters, k, noise, include_self=True, literal=False):
-    """Density peaks by the book: Python floats and loops; `literal` is Eq. 12 and 13 as printed, in logarithms."""
-    n, width = len(x), len(x[0])
-    d = [[math.dist(x[i], x[j]) / (1 if literal else math.sqrt(width)) for j in range(n)] for i in range(n)]
-    density = []
-    for i in range(n):
-        near = sorted(d[i][j] for j in range(n) if include_self or j != i)[:k]
-        exponent = -sum(v * v for v in near) / len(near)
-        density.append(exponent if literal else math.exp(exponent) + noise[i])
-    largest = [max(row) for row in d] if literal else [max(map(max, d))] * n
-    delta = [min([d[i][j] for j in range(n) if density[j] > density[i]], default=largest[i]) for i in range(n)]
-    better = [density[i] + math.log(delta[i]) if literal else delta[i] * density[i] for i in range(n)]
-    centres = sorted(range(n), key=lambda i: -better[i])[:clusters]
-    labels = [
-        centres.index(i) if i in centres else min(range(len(centres)), key=lambda c: d[i][centres[c]]) for i in range(n)
-    ]
-    return density, delta, centres, labels
-
-
 @pytest.mark.parametrize(("include_self", "literal"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize(("n", "clusters", "k"), [(40, 6, 5), (40, 1, 16), (7, 7, 6), (2, 1, 1)])
 def test_dpc_equals_the_slow_version(n, clusters, k, include_self, literal):
@@ -594,17 +576,12 @@ def test_neighbours_exclude_the_token_itself_only_under_the_papers_rules():
 # Divergences
 
 
-def head(logits, ids):
-    weights = [math.exp(logits[i]) for i in ids]
-    return [w / sum(weights) for w in weights]
-
-
 @pytest.mark.parametrize("top_k", [10, 20])
 def test_divergences_equal_scipy_and_the_literal_formula(top_k):
     full, ablated = torch.randn(3, 4, 60) * 2, torch.randn(3, 4, 60) * 2
     for spot in np.ndindex(3, 4):
         ids = sorted(range(60), key=lambda i: -full[spot][i])[:top_k]
-        m, n = head(full[spot].tolist(), ids), head(ablated[spot].tolist(), ids)
+        m, n = (softmax([logits[spot].tolist()[i] for i in ids]) for logits in (full, ablated))
         q = [(a + b) / 2 for a, b in zip(m, n, strict=True)]
         for preset, expected in {
             "paper": jensenshannon(m, n) ** 2,
@@ -640,8 +617,7 @@ def test_divergence_bounds_and_stored_logits():
 def test_top1_probability_is_renormalised_over_the_head():
     logits = torch.randn(2, 300) * 3
     for row in range(2):
-        best = sorted(logits[row].tolist(), reverse=True)[:50]
-        expected = math.exp(best[0]) / sum(map(math.exp, best))
+        expected = max(softmax(sorted(logits[row].tolist(), reverse=True)[:50]))
         assert top1_probability(logits)[row].item() == pytest.approx(expected, rel=1e-9)
     assert top1_probability(torch.zeros(4)).item() == pytest.approx(0.25)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from slow import slow_dpc, softmax
 
 from rcb_lmms.codebook import Codebook
 from rcb_lmms.codebook.build import build, threshold
@@ -125,11 +126,6 @@ def literal_experiments(model, family, paths):
     return found
 
 
-def softmax(values):
-    weights = [math.exp(value - max(values)) for value in values]
-    return [weight / sum(weights) for weight in weights]
-
-
 def literal_divergence(full, ablated, top_k, paper):
     ids = sorted(range(len(full)), key=lambda i: -full[i])[:top_k]
     m, n = softmax([float(full[i]) for i in ids]), softmax([float(ablated[i]) for i in ids])
@@ -155,20 +151,9 @@ def literal_scores(answers, article, top_k, paper):
     return scores
 
 
-def literal_labels(x, clusters, k, include_self):
-    x, n = [row.tolist() for row in x.double()], len(x)
-    noise = tie_noise(n).tolist()
-    d = [[math.dist(a, b) / math.sqrt(len(a)) for b in x] for a in x]
-    density = []
-    for i in range(n):
-        near = sorted(d[i][j] for j in range(n) if include_self or j != i)[:k]
-        density.append(math.exp(-sum(v * v for v in near) / len(near)) + noise[i])
-    largest = max(map(max, d))
-    delta = [min([d[i][j] for j in range(n) if density[j] > density[i]], default=largest) for i in range(n)]
-    centres = sorted(range(n), key=lambda i: -delta[i] * density[i])[:clusters]
-    return [
-        centres.index(i) if i in centres else min(range(len(centres)), key=lambda c: d[i][centres[c]]) for i in range(n)
-    ]
+def labels_of(tokens, clusters, k, include_self):
+    noise = tie_noise(len(tokens)).tolist()
+    return slow_dpc(tokens.double().tolist(), clusters, k, noise, include_self)[-1]
 
 
 def literal_prototypes(experiments, settings, article):
@@ -177,7 +162,7 @@ def literal_prototypes(experiments, settings, article):
     for number, answers in enumerate(experiments):
         scores = literal_scores(answers, article, settings.top_k, paper)
         clustered = list(range(PATCHES)) if paper else answers["order"]
-        labels = literal_labels(answers["tokens"][clustered], settings.clusters_per_image, settings.k_image, not paper)
+        labels = labels_of(answers["tokens"][clustered], settings.clusters_per_image, settings.k_image, not paper)
         sizes = Counter(labels)
         for patch in answers["order"]:
             p1, jsd = scores[patch]
@@ -186,7 +171,7 @@ def literal_prototypes(experiments, settings, article):
             if p1 < settings.tau_prob and jsd < settings.tau_jsd and outlier:
                 chosen.append((number, patch))
     tokens = torch.stack([experiments[number]["tokens"][patch] for number, patch in chosen])
-    labels = literal_labels(tokens, settings.clusters_across, settings.k_across, not paper)
+    labels = labels_of(tokens, settings.clusters_across, settings.k_across, not paper)
     rows = []
     for label in dict.fromkeys(labels):
         members = [row for row, own in zip(chosen, labels, strict=True) if own == label]

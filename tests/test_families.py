@@ -69,6 +69,21 @@ def test_views_do_not_depend_on_the_batch(family):
         torch.testing.assert_close(view.features, alone.features, rtol=0, atol=1e-5)
 
 
+def test_tokens_that_are_no_numbers_are_refused_by_image(make, monkeypatch):
+    family = make()
+    images = [tiny.random_image(seed) for seed in range(3)]
+    project = family.project
+
+    def spoiled(features):
+        tokens = project(features)
+        return tokens.index_fill(0, torch.tensor([1]), float("nan")) if len(tokens) == 3 else tokens
+
+    monkeypatch.setattr(family, "project", spoiled)
+    with pytest.raises(UserError, match=content_key(images[1])[:12]):
+        family.encode(images)
+    assert len(family.encode(images[:2])) == 2
+
+
 def test_optional_tensors_are_left_out_unless_needed(family):
     ((view,),) = family.encode([tiny.random_image(0)])
     assert view.encoder_features is view.keys is view.cls_attention is view.cls_similarity is None

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rcb_lmms.errors import choose
+from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.families.packed import PackedImage, Prompt, Rows
 from rcb_lmms.families.prompts import embedded, interleave, token_ids
@@ -130,6 +130,9 @@ class Family(ABC):
             needs: optional fields of `VisualTokens` to fill in.
             size: how large the tokens' grid of a view is to be, if not as large as the tower was trained for. Its
                 position embeddings are then interpolated.
+
+        Raises:
+            UserError: visual tokens that are infinite or no number: every answer about them would be empty.
         """
         import torch
 
@@ -146,7 +149,10 @@ class Family(ABC):
         with torch.inference_mode():
             for chunk in batches(views(), self.tower_batch, lambda numbered: numbered[1]):
                 fields = self._tokens(torch.stack([view for _, view in chunk]), set(needs), size is not None)
+                finite = fields["features"].isfinite().flatten(1).all(1).tolist()
                 for row, (number, _) in enumerate(chunk):
+                    if not finite[row]:
+                        raise _not_finite(opened[number], self.dtype)
                     encoded[number].append({name: rows[row] for name, rows in fields.items()})
             return [self.views(*parts) for parts in zip(opened, encoded, grids, strict=True)]
 
@@ -267,3 +273,12 @@ class Family(ABC):
         marks = {getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")}
         tokens = torch.tensor(ids, device=self.device)
         return embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)
+
+
+def _not_finite(visual: Visual, dtype: Any) -> UserError:
+    return UserError(
+        wanted=f"visual tokens of the {visual.role} {visual.key[:12]} ({visual.frames[0].size} pixels)",
+        found=f"values that are infinite or no number, in {str(dtype).removeprefix('torch.')}",
+        allowed="finite values",
+        next_step="dtype=bfloat16 or float32 if float16 is too narrow for the model; else look at the image",
+    )
