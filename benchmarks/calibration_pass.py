@@ -21,17 +21,17 @@ import time
 
 import torch
 
-from rcb_lmms.budget import Budget
-from rcb_lmms.calibration.matching import MEASURED, match_benchmark, parse_baselines
-from rcb_lmms.calibration.passes import BATCH_FRAMES, Documents, score_documents
-from rcb_lmms.calibration.tasks import load_benchmarks
+from rcb_lmms.calibration import Documents, parse_targets, score_pass
+from rcb_lmms.calibration.passes import BATCH_FRAMES
+from rcb_lmms.calibration.tasks import benchmark_record
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.families import default_codebook, load_family
 from rcb_lmms.families.images import whole_images_only
+from rcb_lmms.models.documents import load_benchmarks
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.runs import make_task_manager
 
-BASELINES = "prumerge,prumerge_plus,fastv:rank=36,fastv:rank=16,random:36,random:16"
+TARGETS = parse_targets("prumerge,prumerge_plus,fastv:rank=36,fastv:rank=16,random:36,random:16")
 
 
 def batches_of(encoder: ImageEncoder, tasks: list[Documents]):
@@ -39,8 +39,8 @@ def batches_of(encoder: ImageEncoder, tasks: list[Documents]):
 
     def distinct(documents):
         seen = set()
-        for number in range(len(documents.dataset)):
-            for visual in documents.open(encoder.family, number):
+        for number in documents.numbers:
+            for visual in documents.media(encoder.family, number):
                 if visual.key not in seen:
                     seen.add(visual.key)
                     yield visual
@@ -59,12 +59,12 @@ def bare(encoder: ImageEncoder, batches) -> None:
 def ours(encoder: ImageEncoder, tasks: list[Documents], method, counted) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RCB_CACHE"] = folder
-        scores = {own.task: score_documents(encoder, own, method, counted, {}) for own in tasks}
+        scores = {own.name: score_pass(encoder, method, counted, own) for own in tasks}
         began = time.process_time()
-        match_benchmark(scores, parse_baselines(BASELINES), encoder.family.layers, 1, None)
+        benchmark_record(method, scores, TARGETS, encoder.family.layers, None)
         return {
             "fit_cpu_s": time.process_time() - began,
-            "images": sum(len(own.images.images) for own in scores.values()),
+            "images": sum(len(own.images) for own in scores.values()),
         }
 
 
@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     loaded = load_benchmarks(options.tasks.split(","), make_task_manager())
-    tasks = [Documents.of(name, task) for members in loaded.values() for name, task in members.items()]
+    tasks = [documents for members in loaded.values() for documents in members.values()]
     family = load_family(options.model)
     method = make_pruner("rcb", codebook=options.codebook or default_codebook(family.name, options.model))
-    counted = {name: make_pruner(name, budget=Budget.adaptive()) for name in MEASURED}
+    counted = {target.text: target.measured for target in TARGETS if target.measured}
     needs = frozenset().union(*(own.needs for own in counted.values()))
     encoder = ImageEncoder(family, needs, batch_size=BATCH_FRAMES, store_bytes=0)
     seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": [], "tower": []}
@@ -106,7 +106,7 @@ def main() -> None:
         "ratio_to_tower_alone": round(best["ours"][0] / best["tower"][0], 3),
         "extra_cpu_ms_per_image": round(1000 * (best["ours"][0] - best["bare"][0]) / facts["images"], 3),
         "fit_cpu_s": round(facts["fit_cpu_s"], 3),
-        "documents": sum(len(own.dataset) for own in tasks),
+        "documents": sum(map(len, tasks)),
         "images": facts["images"],
         "device": str(family.device),
         "threads": torch.get_num_threads(),

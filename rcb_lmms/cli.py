@@ -91,14 +91,20 @@ def calibrate(
     model: Pretrained,
     images: Annotated[Path | None, typer.Option(help="Folder of images by which the budget is met.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Benchmarks instead: rcb_paper, or pope,mme,...")] = None,
-    keep: Annotated[float, typer.Option(help="With --images: mean retained visual tokens per view.")] = 64,
+    keep: Annotated[float | None, typer.Option(help="Mean retained visual tokens per view.")] = None,
     match: Annotated[
         str | None,
         typer.Option(help="Baselines to match: prumerge,prumerge_plus,fastv:rank=144,random:64; with --images, one."),
     ] = None,
     codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include_path", help="Folder of tasks of your own, beside lmms-eval's and ours.")
+    ] = None,
     holdout: Annotated[float | None, typer.Option(help="With --tasks: share of images held out.")] = None,
-    per: Annotated[str, typer.Option(help="With --tasks: view or image, what budgets are spent on.")] = "view",
+    per: Annotated[str, typer.Option(help="view or image, what budgets are spent on.")] = "view",
+    allow_unreadable: Annotated[
+        bool, typer.Option("--allow-unreadable", help="Calibrate on what can be read where something cannot.")
+    ] = False,
     preprocess: Preprocess = None,
     split: Annotated[bool | None, typer.Option(help="Tiles, or the base view alone, in families with tiles.")] = None,
     pack: Annotated[str | None, typer.Option(help="Packing of tiles, as in model_args; changes no threshold.")] = None,
@@ -114,34 +120,29 @@ def calibrate(
             allowed="one of the two",
             next_step="--images FOLDER, or --tasks pope,mme --match prumerge",
         )
+    from rcb_lmms.local_videos import use_local_videos
+
+    use_local_videos()  # before lmms-eval is imported
+    from rcb_lmms.calibration.command import over_images, over_tasks
+    from rcb_lmms.families import family_of
+    from rcb_lmms.models import entry_id
+
     own = {name: value for name, value in (("split", split), ("pack", pack)) if value is not None}
-    loading = {"codebook": codebook, "preprocess": preprocess, "device": device, "dtype": dtype, **own}
-    if tasks is not None:
-        from rcb_lmms.local_videos import use_local_videos
+    loading = {"codebook": codebook, "preprocess": preprocess, "device": device, "dtype": dtype, "per": per, **own}
+    loading["allow_unreadable"] = allow_unreadable
+    if images is not None:
+        lines = over_images(model, find_images(images), keep, match, out, **loading)
+    else:
+        from rcb_lmms.models.documents import load_benchmarks
+        from rcb_lmms.runs import make_task_manager
 
-        use_local_videos()  # before lmms-eval is imported
-        from rcb_lmms.calibration.matching import for_terminal
-        from rcb_lmms.calibration.tasks import calibrate_tasks
+        def benchmarks():
+            manager = make_task_manager(entry_id(family_of(model), "rcb"), include_path)
+            return load_benchmarks(tasks.split(","), manager)
 
-        file, record = calibrate_tasks(
-            model, tasks.split(","), match or "prumerge", holdout=holdout, per=per, out=out, **loading
-        )
-        if record["benchmarks"]:
-            typer.echo(for_terminal(record))
-            typer.echo(f"wrote {file}")
-        return
-    from rcb_lmms.calibration.images import calibrate_images
-
-    record = calibrate_images(model, find_images(images), keep=keep, match=match, **loading)
-    for name, value in record.items():
-        typer.echo(f"{name:<10} {value}")
-    if out is not None:
-        import json
-
-        from rcb_lmms.files import write_atomic
-
-        typer.echo(f"wrote {write_atomic(out, json.dumps(record, indent=1))}")
-    typer.echo(f"next: lmms_eval --model ..._rcb --model_args threshold={record['fitted']['threshold']:.6g},...")
+        lines = over_tasks(model, benchmarks, keep, match, out, holdout=holdout, **loading)
+    for line in lines:
+        typer.echo(line)
 
 
 @app.command()

@@ -133,13 +133,14 @@ def _described(value: Any) -> str:
     return str(value)
 
 
-def make_task_manager(entry: str = "default") -> Any:
-    """lmms-eval's tasks with ours beside them; takes some seconds, so make one for many runs."""
+def make_task_manager(entry: str = "default", include_path: Path | None = None) -> Any:
+    """lmms-eval's tasks with ours and a folder's beside them; takes some seconds, so make one for many runs."""
     from lmms_eval.tasks import TaskManager
 
     from rcb_lmms.resources import data_dir
 
-    return TaskManager("ERROR", include_path=str(data_dir("tasks")), model_name=entry)
+    folders = [str(data_dir("tasks")), *([] if include_path is None else [str(include_path)])]
+    return TaskManager("ERROR", include_path=folders, model_name=entry)
 
 
 def unloadable(task: str, error: Exception) -> UserError:

@@ -1,14 +1,15 @@
-"""Calibration on benchmarks: scores on disk against those in memory, brute force, kills, processes, held-out images."""
+"""Calibration: budgets against brute force, what runs read instead, kills, processes, unreadable images."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,15 @@ import yaml
 
 from rcb_lmms import Codebook
 from rcb_lmms.budget import Budget
-from rcb_lmms.calibration import fitting, matching, passes, score_files
-from rcb_lmms.calibration.cuts import Chunk, Cut, find_cuts
-from rcb_lmms.calibration.matching import Baseline, fit_many, held_out
-from rcb_lmms.calibration.passes import Documents, score_documents
-from rcb_lmms.calibration.score_files import ImageScores, ScoredImages, ScoreFiles
-from rcb_lmms.calibration.tasks import calibrate_tasks
+from rcb_lmms.calibration import Documents, Target, fit, parse_targets, score_pass
+from rcb_lmms.calibration.passes import ahead
+from rcb_lmms.calibration.scores import PassFiles
+from rcb_lmms.calibration.tasks import calibrate_images, calibrate_tasks, held_out
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.models.questions import Request
+from rcb_lmms.models.documents import documents_of, load_benchmarks
 from rcb_lmms.pruners import make_pruner
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.
@@ -106,12 +105,10 @@ def calibrated(next_checkpoint, codebook_file, manager, cache, tmp_path):
 
     def run(names=("one",), match=MATCH, pretrained=next_checkpoint, **options):
         options = {"codebook": str(codebook_file), **options}
-        out, record = calibrate_tasks(
-            pretrained, names, match, out=tmp_path / "thresholds.yaml", task_manager=manager, **options
-        )
-        written = yaml.safe_load(out.read_text())
-        assert written == record
-        return written
+        benchmarks = load_benchmarks(names, manager)
+        out = tmp_path / "thresholds.yaml"
+        calibrate_tasks(pretrained, benchmarks, parse_targets(match), out=out, **options)
+        return yaml.safe_load(out.read_text())
 
     return run
 
@@ -122,60 +119,15 @@ def counted(monkeypatch):
     seen = []
     views = ImageEncoder.views
     monkeypatch.setattr(
-        ImageEncoder, "views", lambda self, visuals: seen.extend(own.key for own in visuals) or views(self, visuals)
+        ImageEncoder,
+        "views",
+        lambda self, visuals, *more: seen.extend(own.key for own in visuals) or views(self, visuals, *more),
     )
     return seen
 
 
 def visuals_of(shown):
     return [Visual((picture(number),)) for number in shown]
-
-
-def codebook_for(rows=6, width=8):
-    return Codebook(torch.randn(rows, width, generator=torch.Generator().manual_seed(1)), {"id": "x", "model": "x"})
-
-
-# Order statistics
-
-
-def random_case(generator):
-    """Views with many equal scores, a weight for each image, and the images as chunks of any size."""
-    images = generator.integers(1, 9)
-    parts = [list(generator.integers(1, 12, generator.integers(1, 4))) for _ in range(images)]
-    weights = generator.integers(1, 6, images).astype(float)
-    levels = np.array([-0.75, -0.0, 0.0, 1e-30, 0.25, 0.25000003, 0.5, 1.0], dtype=np.float32)
-    views = [[generator.choice(levels[: generator.integers(1, 9)], size) for size in own] for own in parts]
-    chunks, begin = [], 0
-    while begin < images:
-        end = begin + generator.integers(1, 4)
-        inside = [view for own in views[begin:end] for view in own]
-        repeated = np.repeat(weights[begin:end], [len(own) for own in views[begin:end]])
-        chunks.append(Chunk(np.concatenate(inside), np.array([len(view) for view in inside]), repeated))
-        begin = end
-    return [view for own in views for view in own], np.repeat(weights, [len(own) for own in views]), chunks
-
-
-def test_cuts_found_on_disk_are_those_found_in_memory():
-    generator, different = np.random.default_rng(0), set()
-    pruner = make_pruner("rcb", codebook=codebook_for())
-    for _ in range(60):
-        views, weights, chunks = random_case(generator)
-        native = float(weights @ [len(view) for view in views] / weights.sum())
-        means = [native * share for share in (1e-3, *generator.uniform(0, 1, 3), 1.0)]
-        cuts = find_cuts(lambda chunks=chunks: iter(chunks), [mean * weights.sum() for mean in means], 1)
-        for mean, cut in zip(means, cuts, strict=True):
-            fitted = pruner.fit(views, weights.tolist(), mean)
-            assert cut == Cut(fitted.budget.value, fitted.budget.ties)
-            counts = np.concatenate([chunk.retained(cut, 1) for chunk in chunks])
-            assert counts.tolist() == [fitted.retained(view) for view in views]
-            different.add(cut)
-    assert len(different) > 50
-
-
-def test_the_smaller_of_two_equally_near_means_is_taken():
-    chunk = Chunk(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), np.array([4]), np.array([1.0]))
-    cuts = find_cuts(lambda: iter([chunk]), [2.5, 0.4, 4.0])
-    assert [chunk.retained(cut, 0).item() for cut in cuts] == [2, 1, 4]
 
 
 # A whole benchmark
@@ -241,83 +193,91 @@ def test_every_budget_is_met_as_well_as_any_threshold_could(calibrated, by_hand)
     assert record["views_per_document"] == pytest.approx(shares / 15)
 
 
-@pytest.mark.parametrize("per", ["view", "image"])
-@pytest.mark.parametrize("chunk_tokens", [1 << 20, 40])
-def test_scores_on_disk_give_what_scores_in_memory_give(
-    calibrated, next_checkpoint, codebook_file, per, chunk_tokens, monkeypatch
-):
-    monkeypatch.setattr(score_files, "CHUNK_TOKENS", chunk_tokens)
-    setting = calibrated(per=per)
-    method = make_pruner("rcb", codebook=codebook_file)
-    baselines = {name: make_pruner(name, budget=Budget.adaptive()) for name in ("prumerge", "prumerge_plus")}
-    shown = {visual.key: visual for own in SHOWN for visual in visuals_of(own)}
-    weights = Counter(visual.key for own in SHOWN for visual in visuals_of(own))
-    encoder = ImageEncoder(load_family(next_checkpoint), baselines["prumerge"].needs, per=per)
-    scores = fitting.score_pass(encoder, {"rcb": method}, baselines, shown.values(), weights)
-    data = fitting.data_hash(weights)
-    assert setting["benchmarks"]["one"]["data_hash"] == data
-    for name, row in setting["benchmarks"]["one"]["baselines"].items():
-        if name in baselines:
-            assert row["tokens"]["target"] == pytest.approx(scores.baseline(name))
-        _, truth = fitting.fit(method, scores, "rcb", row["tokens"]["target"], data)
-        assert truth.fitted == {"threshold": row["tokens"]["threshold"], "ties": row["tokens"]["ties"]}
-        assert truth.achieved == pytest.approx(row["tokens"]["achieved"])
-        assert truth.std == pytest.approx(row["tokens"]["std"])
-        assert list(row["tokens"]["quantiles"].values()) == pytest.approx(truth.quantiles)
-        assert setting["benchmarks"]["one"]["native"] == pytest.approx(truth.native)
-
-
 @pytest.fixture
 def ask(next_checkpoint, codebook_file, manager):
-    """Asks LLaVA-NeXT with RCB every question of a task; returns the record of the fit, and answers with counts."""
-    from lmms_eval.api.instance import Instance
-
+    """Asks LLaVA-NeXT with RCB every question of a task; returns the record of the run, and answers with counts."""
     from rcb_lmms.models import entries
 
-    def run(name="one", limit=None, **arguments):
+    def run(name="one", limit=None, known=0, **arguments):
         arguments = {"pretrained": next_checkpoint, "codebook": str(codebook_file), **arguments}
         model = entries.LlavaNextRcb(**arguments)
         task = manager.load_task_or_group(name, task_type="chat")[name]
         model.task_dict = {name: task.dataset}
-        given = [("", task.doc_to_messages, {"max_new_tokens": 2}, n, name, "test") for n in range(len(task.eval_docs))]
-        answers = model.generate_until(
-            [
-                Instance(
-                    "generate_until", own, 0, doc_id=own[3], metadata={"task": name, "doc_id": own[3], "repeats": 1}
-                )
-                for own in given[:limit]
-            ]
-        )
+        task.config.generation_kwargs = {"max_new_tokens": 2}
+        task.build_all_requests(limit=limit)
+        answers = model.generate_until(task.instances[known:])
         return model.run, [(answer.text, answer.token_counts) for answer in answers]
 
     return run
 
 
-def test_an_entry_meets_the_budget_with_the_threshold_of_the_file(calibrated, ask):
+def mean_of(answers):
+    """Retained tokens per view of the samples that did not fail."""
+    counts = [own for _, own in answers if own]
+    return sum(own.visual_kept for own in counts) / sum(own.visual_views for own in counts)
+
+
+def test_an_entry_meets_the_mean_again_with_the_arguments_that_are_printed(calibrated, ask):
     row = calibrated()["benchmarks"]["one"]["baselines"]["random:4"]["tokens"]
-    _, answers = ask(threshold=row["threshold"], preset="paper")
-    kept = sum(counts.visual_kept for _, counts in answers)
-    assert kept / sum(counts.visual_views for _, counts in answers) == pytest.approx(row["achieved"])
+    _, answers = ask(threshold=row["threshold"], ties=row["ties"])
+    kept = sum(counts.visual_kept for _, counts in answers if counts)
+    assert kept / sum(counts.visual_views for _, counts in answers if counts) == pytest.approx(
+        row["achieved"], abs=1e-12
+    )
 
 
-@pytest.mark.parametrize("budget", [{"keep": 4}, {"match": "prumerge"}, {"ratio": 5 / 16}, {"keep": 10.5}])
-def test_a_file_of_thresholds_keeps_what_a_calibration_in_the_run_keeps(
-    calibrated, ask, budget, tmp_path, monkeypatch, next_checkpoint
+@pytest.mark.parametrize(
+    ("per", "budget", "name", "convention"),
+    [
+        ("view", {"keep": 4}, "random:4", "tokens"),
+        ("view", {"match": "prumerge"}, "prumerge", "tokens"),
+        ("view", {"ratio": 5 / 16}, "fastv:rank=5", "tokens"),
+        ("view", {"match": "fastv:rank=5"}, "fastv:rank=5", "tokens"),
+        ("view", {"match": "fastv:layer_average=10.5"}, "fastv:layer_average=10.5", "layer_average"),
+        ("image", {"keep": 12}, "random:12", "tokens"),
+        ("image", {"match": "prumerge"}, "prumerge", "tokens"),
+    ],
+)
+def test_a_run_fits_what_the_command_fits_and_a_file_says_the_same(
+    calibrated, ask, per, budget, name, convention, counted, tmp_path, next_checkpoint
 ):
-    calibrated()
-    by_itself, expected = ask(**budget)
-    monkeypatch.setattr(fitting, "score_pass", lambda *_: pytest.fail("calibrated"))
+    row = calibrated(match=f"prumerge,{name}", per=per)["benchmarks"]["one"]["baselines"][name][convention]
+    run, expected = ask(**budget, per=per)
+    before = run.calibrations["one"]
+    assert before["fitted"] == {"threshold": row["threshold"], "ties": row["ties"]}
+    assert before["achieved"] == pytest.approx(row["achieved"])
+    assert before["std"] == pytest.approx(row["std"])
+    assert before["quantiles"] == list(row["quantiles"].values())
     copy = shutil.copytree(next_checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)
-    run, found = ask(**budget, thresholds=str(tmp_path / "thresholds.yaml"), pretrained=str(copy))
+    counted.clear()
+    run, found = ask(**budget, per=per, thresholds=str(tmp_path / "thresholds.yaml"), pretrained=str(copy))
     assert found == expected
-    before, after = by_itself.calibrations["one"], run.calibrations["one"]
-    assert after["fitted"] == before["fitted"]
-    assert after["fitted"]["ties"] > 0
-    close = pytest.approx(before["achieved"]), pytest.approx(before["std"]), pytest.approx(before["native"])
-    assert (after["achieved"], after["std"], after["native"]) == close
-    same = ("target", "quantiles", "views", "questions", "data_hash", "per", "method")
-    assert {name: after[name] for name in same} == {name: pytest.approx(before[name], abs=0) for name in same}
     assert run.resolved["thresholds_sha256"]
+    after = run.calibrations["one"]
+    assert {**after, "cached": before["cached"]} == {
+        key: pytest.approx(value) if isinstance(value, float) else value for key, value in before.items()
+    }
+
+
+def test_a_pass_serves_every_budget_of_a_method(calibrated, ask, counted):
+    run, _ = ask(keep=4)
+    assert run.calibrations["one"]["cached"] is False
+    assert ask(keep=5)[0].calibrations["one"]["cached"] is True
+    counted.clear()
+    calibrated(match="random:7,fastv:rank=2")
+    assert counted == []  # the command finds what the runs have left
+
+
+def test_a_budget_is_met_over_all_documents_of_the_run_though_some_answers_are_known(ask, cache, monkeypatch, tmp_path):
+    """With `--use_cache` the host sends only requests whose answers it does not know."""
+    whole, every = ask(keep=4)
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "another"))
+    part, rest = ask(keep=4, known=9)
+    assert part.calibrations["one"] == whole.calibrations["one"]
+    assert rest == every[9:]
+    limited, _ = ask(keep=4, limit=9)
+    assert limited.calibrations["one"]["fitted"] != whole.calibrations["one"]["fitted"]
+    assert limited.calibrations["one"]["questions"] < whole.calibrations["one"]["questions"]
 
 
 def test_a_task_of_a_group_has_the_groups_threshold(calibrated, ask, tmp_path):
@@ -333,10 +293,10 @@ def test_thresholds_that_do_not_fit_are_refused(calibrated, ask, tmp_path, monke
     other = tiny.save_codebook(tmp_path / "other.safetensors", rows=7)
     (tmp_path / "foreign.yaml").write_text("benchmarks: {}\n")
     opened = []
-    monkeypatch.setattr(Request, "load", lambda *_: opened.append(1))
+    monkeypatch.setattr(Documents, "open", lambda *_: opened.append(1))
     for arguments, words in [
         ({"thresholds": str(tmp_path / "none.yaml")}, "No such file"),
-        ({"thresholds": str(tmp_path / "foreign.yaml")}, "something else: KeyError 'setting'"),
+        ({"thresholds": str(tmp_path / "foreign.yaml")}, "setting: Field required"),
         ({"keep": None, "threshold": 0.4}, "a budget that is no mean"),
         ({"variant": "double_softmax"}, "a budget that is no mean"),
         ({"codebook": str(other)}, "codebook_sha256="),
@@ -345,7 +305,7 @@ def test_thresholds_that_do_not_fit_are_refused(calibrated, ask, tmp_path, monke
         ({"dtype": "bfloat16"}, "dtype=torch.float32"),
         ({"name": "one"}, r"for task one(.|\n)*allowed: left"),
         ({"keep": 5}, r"for 5 on left(.|\n)*allowed: random:4 \(4 tokens\)"),
-        ({"keep": None, "match": "prumerge"}, "for prumerge:adaptive on left"),
+        ({"keep": None, "match": "prumerge"}, "for prumerge on left"),
     ]:
         given = {"name": "left", "keep": 4, "thresholds": file, **arguments}
         with pytest.raises(UserError, match=words):
@@ -384,7 +344,6 @@ def test_benchmarks_of_several_tasks_are_one_and_one_threshold_serves_all(calibr
     assert row["achieved"] == pytest.approx(np.mean(list(row["by_benchmark"].values())))  # each counts the same
     assert abs(row["achieved"] - 4) <= 0.5
     assert "both" not in apart["benchmarks"]
-    assert "random:4" in matching.for_terminal(apart)
 
 
 def test_videos_and_several_images_on_a_tower_without_cls_token(tmp_path, cache, codebook_file):
@@ -399,14 +358,13 @@ def test_videos_and_several_images_on_a_tower_without_cls_token(tmp_path, cache,
             container.mux(stream.encode(av.VideoFrame.from_image(tiny.random_image(number, 64, 48))))
         container.mux(stream.encode())
     items = [[path], [picture(0)], [path], [picture(1), picture(2)]]
-    scores = run_pass(load_family(str(checkpoint), max_frames_num=4), codebook_file, items, {})
-    views = {image.key: image.views for _, image in scores.images.images}
-    assert sorted(views.values()) == [1, 1, 3, 4]
-    assert sorted(scores.weights.values()) == [1, 1, 1, 2]
-    (fit,) = fit_many(scores.images, [2.0], 1)
-    assert abs(fit.achieved - 2) <= 0.5
+    scores = run_pass(load_family(str(checkpoint), max_frames_num=4), codebook_file, items)
+    assert sorted(image.views for image in scores.images) == [1, 1, 3, 4]
+    assert sorted(scores.weights) == [1, 1, 1, 2]
+    _, record = fit(make_pruner("rcb", codebook=codebook_file), scores, 2.0)
+    assert abs(record.achieved - 2) <= 0.5
     with pytest.raises(UserError, match="without CLS token"):
-        calibrate_tasks(str(checkpoint), ["one"], "prumerge", codebook=str(codebook_file))
+        calibrate_tasks(str(checkpoint), {}, parse_targets("prumerge"), codebook=str(codebook_file))
 
 
 class Rows(list):
@@ -421,33 +379,59 @@ def messages(items):
     return ConfigurableMessagesTask._build_user_turn(items, "What?")
 
 
-def run_pass(family, codebook_file, items, counted):
-    method = make_pruner("rcb", codebook=codebook_file)
-    needs = frozenset().union(*(own.needs for own in counted.values()))
-    encoder = ImageEncoder(family, needs, store_bytes=0)
-    return score_documents(encoder, Documents("mixed", Rows(items), messages), method, counted, {})
+def run_pass(family, codebook_file, items, **options):
+    documents = documents_of("mixed", Rows(items), messages, range(len(items)))
+    encoder = ImageEncoder(family, frozenset(), store_bytes=0)
+    return score_pass(encoder, make_pruner("rcb", codebook=codebook_file), {}, documents, **options)
 
 
-# Kills, processes, damage
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("benchmarks", "left", "baselines", "random:4", "tokens", "ties"), -5),
+        (("benchmarks", "left", "baselines", "random:4", "tokens", "ties"), 1.5),
+        (("benchmarks", "left", "baselines", "random:4", "tokens", "threshold"), 1.01),
+        (("benchmarks", "left", "baselines", "random:4", "tokens", "threshold"), float("nan")),
+        (("benchmarks", "left", "baselines", "random:4", "layer_average", "target"), float("inf")),
+        (("benchmarks", "left", "baselines", "random:4"), [1, 2]),
+        (("benchmarks", "left", "baselines", "random:4", "tokens", "surplus"), 1),
+        (("benchmarks", "left", "tasks"), "left"),
+        (("benchmarks",), []),
+        (("setting",), None),
+    ],
+)
+def test_a_damaged_file_of_thresholds_is_refused_by_name(calibrated, ask, tmp_path, place, value):
+    record = calibrated(["left"], match="random:4")
+    inner = record
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path = tmp_path / "damaged.yaml"
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match=place[-1]) as refusal:
+        ask("left", keep=4, thresholds=str(path))
+    assert str(path) in refusal.value.wanted
+    path.write_text("[" * 5000)
+    with pytest.raises(UserError, match="something else"):
+        ask("left", keep=4, thresholds=str(path))
 
 
-def killed_after(batches, monkeypatch):
-    append, done = ScoreFiles.append, []
-
-    def stop(self, *given):
-        if len(done) == batches:
-            self._handle.write(b"half a score, which a kill left behind")
-            raise KeyboardInterrupt
-        append(self, *given)
-        done.append(1)
-
-    monkeypatch.setattr(ScoreFiles, "append", stop)
+# Kills, processes, documents that cannot be read
 
 
 @pytest.mark.parametrize("batches", [0, 1])
 def test_a_killed_pass_continues_to_the_same_thresholds(calibrated, cache, counted, monkeypatch, tmp_path, batches):
+    append, done = PassFiles.append, []
+
+    def stop(self, *given):
+        if len(done) == batches:
+            self._scores.write(b"half a score, which a kill left behind")
+            raise KeyboardInterrupt
+        append(self, *given)
+        done.append(1)
+
     with monkeypatch.context() as patch:
-        killed_after(batches, patch)
+        patch.setattr(PassFiles, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             calibrated()
     for file in cache.rglob("documents-0.jsonl"):
@@ -459,12 +443,6 @@ def test_a_killed_pass_continues_to_the_same_thresholds(calibrated, cache, count
     counted.clear()
     assert calibrated() == resumed
     assert (again, len(counted)) == (len(counted) - 8 * batches, 12)  # batches of eight
-    counted.clear()
-    assert calibrated(match="random:4")["benchmarks"]["one"]["images"] == 12
-    assert len(counted) == 12  # PruMerge was not counted now: another pass
-    counted.clear()
-    calibrated(match="random:7,fastv:rank=2")
-    assert counted == []  # a finished pass serves every exact budget
 
 
 def work(arguments):
@@ -473,9 +451,9 @@ def work(arguments):
 
     given = json.loads(arguments)
     manager = TaskManager("ERROR", include_path=given.pop("tasks"), include_defaults=False)
-    calibrate_tasks(
-        given.pop("pretrained"), ["paper"], MATCH, task_manager=manager, out=Path(given.pop("out")), **given
-    )
+    benchmarks = load_benchmarks(["paper"], manager)
+    out = Path(given.pop("out"))
+    calibrate_tasks(given.pop("pretrained"), benchmarks, parse_targets(MATCH), out=out, **given)
 
 
 def test_two_processes_give_the_file_of_one(calibrated, tasks, next_checkpoint, codebook_file, tmp_path):
@@ -484,12 +462,8 @@ def test_two_processes_give_the_file_of_one(calibrated, tasks, next_checkpoint, 
     arguments["out"] = str(tmp_path / "two.yaml")
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633", "OMP_NUM_THREADS": "1"}
     shared |= {"RCB_CACHE": str(tmp_path / "cache2"), "PYTHONPATH": str(Path(__file__).parent)}
-    command = [
-        sys.executable,
-        "-c",
-        "import sys, test_calibrate; test_calibrate.work(sys.argv[1])",
-        json.dumps(arguments),
-    ]
+    code = "import sys, test_calibrate; test_calibrate.work(sys.argv[1])"
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
     running = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}) for rank in (0, 1)]
     assert [process.wait(500) for process in running] == [0, 0]
     assert yaml.safe_load((tmp_path / "two.yaml").read_text()) == one
@@ -497,42 +471,103 @@ def test_two_processes_give_the_file_of_one(calibrated, tasks, next_checkpoint, 
     assert min(sizes) > 0.2 * sum(sizes)  # they did share the work
 
 
-def test_two_programs_cannot_write_one_pass(tmp_path):
-    first = ScoreFiles(tmp_path, 0)
-    with pytest.raises(UserError, match="running the same pass"):
-        ScoreFiles(tmp_path, 0)
-    first.close()
-    ScoreFiles(tmp_path, 0).close()
+def test_a_second_program_waits_for_the_first(tmp_path, capsys):
+    with PassFiles(tmp_path, 0, 1):
+        entered = threading.Event()
+
+        def second():
+            with PassFiles(tmp_path, 0, 1):
+                entered.set()
+
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        assert not entered.wait(0.5)
+    waiting.join(30)
+    assert entered.is_set()
+    assert "waiting for another program" in capsys.readouterr().err
 
 
-def test_documents_that_cannot_be_read_are_counted_and_tried_again(next_checkpoint, codebook_file, cache, tmp_path):
-    good, bad = tmp_path / "a.mp4", tmp_path / "b.mp4"
-    frames = tmp_path / "frames"
-    frames.mkdir()
-    for number in range(6):
-        tiny.random_image(number, 64, 48).save(frames / f"{number}.png")
-    family = load_family(next_checkpoint, max_frames_num=2)
-    items = [[picture(0)], [str(bad)], [picture(1)]]
-    scores = run_pass(family, codebook_file, items, {})
-    assert list(scores.errors) == [1]
-    assert "no such file" in scores.errors[1]
-    assert len(scores.images.images) == 2
-    frames.rename(bad)
-    scores = run_pass(family, codebook_file, items, {})
-    assert scores.errors == {}
-    assert len(scores.images.images) == 4  # two frames more, each image once, though batches are others now
-    assert len({image.key for _, image in scores.images.images}) == 4
+@pytest.fixture
+def failing(monkeypatch):
+    """Lets the first `times` attempts to read each of some documents fail."""
+
+    def make(numbers, times):
+        attempts, media = Counter(), Documents.open
+
+        def open_(self, family, number):
+            def unstable(family, number):
+                attempts[number] += 1
+                if number in numbers and attempts[number] <= times:
+                    raise OSError("the network is gone")
+                return self.media(family, number)
+
+            return media(Documents(self.name, self.numbers, unstable, self.data), family, number)
+
+        monkeypatch.setattr(Documents, "open", open_)
+
+    return make
+
+
+def test_transient_read_errors_change_nothing(calibrated, ask, failing, monkeypatch, tmp_path):
+    expected, (run, answers) = calibrated(), ask(keep=4)
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "another"))
+    failing(range(1, 15, 2), times=1)
+    assert calibrated() == expected
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "third"))
+    again, same = ask(keep=4)
+    assert (again.calibrations, same, again.failures) == (run.calibrations, answers, [])
+
+
+def test_errors_that_stay_end_the_command_and_fail_the_samples_of_a_run(
+    calibrated, ask, failing, counted, tmp_path, caplog
+):
+    failing([3, 5], times=2)
+    run, answers = ask(keep=4)
+    # Both can be read by now, yet the mean was taken without them.
+    assert [failure["doc_id"] for failure in run.failures] == [3, 5]
+    assert all("the network is gone" in failure["error"] for failure in run.failures)
+    record = run.calibrations["one"]
+    assert record["unreadable"] == 2
+    assert mean_of(answers) == pytest.approx(record["achieved"], abs=1e-12)
+    assert "2 of 15 documents cannot be read" in caplog.text
+    failing([3, 5], times=2)
+    with pytest.raises(UserError, match=r"2 of 15 documents(.|\n)*document 3: OSError: the network is gone"):
+        calibrated(match="random:4")
+    assert not (tmp_path / "thresholds.yaml").exists()
+    assert calibrated(match="random:4")["benchmarks"]["one"]["unreadable"] == 0  # they can be read now
+    failing([3, 5], times=100)
+    counted.clear()
+    allowed = calibrated(["left"], match="random:4", allow_unreadable=True)["benchmarks"]["left"]
+    assert (allowed["documents"], allowed["unreadable"]) == (6, 2)
+
+
+def test_images_that_cannot_be_encoded_or_scored_fail_alone(next_checkpoint, codebook_file, cache, monkeypatch):
+    family = load_family(next_checkpoint)
+    items = [[picture(0)], [picture(1)], [picture(2), picture(3)], [picture(4)]]
+    whole = run_pass(family, codebook_file, items)
+    bad = [own.key for own in visuals_of([1, 3])]
+    encode = family.encode
+
+    def broken(visuals, *more):
+        if any(visual.key == bad[0] for visual in visuals):
+            raise ValueError("a malformed tile")
+        views = encode(visuals, *more)
+        for visual, own in zip(visuals, views, strict=True):
+            if visual.key == bad[1]:
+                own[0] = replace(own[0], features=own[0].features * float("nan"))
+        return views
+
+    monkeypatch.setattr(family, "encode", broken)
+    monkeypatch.setenv("RCB_CACHE", str(cache / "other"))
+    scores = run_pass(family, codebook_file, items)
+    assert list(scores.errors) == [1, 2]
+    assert ("a malformed tile" in scores.errors[1], "not finite" in scores.errors[2]) == (True, True)
+    assert [image.key for image in scores.images] == [whole.images[0].key, whole.images[4].key]
+    monkeypatch.setattr(family, "encode", encode)
+    again = run_pass(family, codebook_file, items)  # what failed is tried again
+    assert (again.errors, again.data_hash) == ({}, whole.data_hash)
     with pytest.raises(UserError, match="no such file"):
-        run_pass(family, codebook_file, [[str(good)]], {"prumerge": make_pruner("prumerge")})
-
-
-def test_equal_budgets_need_one_reading_of_the_scores(calibrated, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        matching, "find_cuts", lambda chunks, targets, *more: asked.append(targets) or find_cuts(chunks, targets, *more)
-    )
-    calibrated(match="random:4,fastv:rank=4,prumerge:4")
-    assert [len(targets) for targets in asked] == [2, 2]  # 4, and FastV's layer average; the benchmark, then all
+        run_pass(family, codebook_file, [["/nowhere/a.mp4"]])
 
 
 # Held-out images
@@ -576,34 +611,38 @@ def test_held_out_images_depend_on_their_content_alone():
         held_out(keys, 0.001)
 
 
-# Baselines and errors
+# Targets and errors
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("prumerge", ("prumerge", None, 0, "tokens")),
-        ("prumerge_plus:12.5", ("prumerge_plus", 12.5, 0, "tokens")),
-        ("fastv:rank=144", ("fastv", 144, 2, "tokens")),
-        ("fastv:144:layer=3", ("fastv", 144, 3, "tokens")),
-        ("fastv:layer_average=171", ("fastv", 171, 2, "layer_average")),
-        ("random:64", ("random", 64, 0, "tokens")),
+        ("64", (None, 64, None, None, "tokens")),
+        ("10.5", (None, 10.5, None, None, "tokens")),
+        ("ratio=0.25", (None, None, 0.25, None, "tokens")),
+        ("prumerge", ("prumerge", None, None, None, "tokens")),
+        ("prumerge_plus:12.5", ("prumerge_plus", 12.5, None, None, "tokens")),
+        ("fastv:rank=144", ("fastv", 144, None, 2, "tokens")),
+        ("fastv:144:layer=3", ("fastv", 144, None, 3, "tokens")),
+        ("fastv:layer_average=171", ("fastv", 171, None, 2, "layer_average")),
+        ("random:64", ("random", 64, None, None, "tokens")),
+        ("stride:rank=9", ("stride", 9, None, None, "tokens")),
     ],
 )
-def test_baselines_as_they_are_written(text, expected):
-    own = Baseline.parse(text)
-    assert (own.method, own.tokens, own.layer, own.convention) == expected
-    assert (own.pruner is None) == (own.tokens is not None)
+def test_targets_as_they_are_written(text, expected):
+    own = Target.parse(text)
+    assert (own.baseline, own.tokens, own.ratio, own.layer, own.convention) == expected
+    assert (own.measured is not None) == (text == "prumerge")
 
 
 @pytest.mark.parametrize(
     "text",
-    "sparsevlm random fastv rcb none random:layer=2 fastv:rank=1:layer_average=2 random:many random:0 random:2.5 "
-    "fastv:rank= prumerge:inf".split(" "),
+    "sparsevlm random fastv rcb none none:4 random:layer=2 fastv:rank=1:layer_average=2 random:many random:0 "
+    "random:2.5 fastv:rank= prumerge:inf nan -3 64:2 ratio=0 ratio=2 ratio=x".split(" "),
 )
-def test_what_is_no_baseline_is_refused(text):
+def test_what_is_no_target_is_refused(text):
     with pytest.raises(UserError):
-        Baseline.parse(text)
+        Target.parse(text)
 
 
 def test_fastv_by_either_convention_is_one_budget(calibrated):
@@ -618,11 +657,20 @@ def test_fastv_by_either_convention_is_one_budget(calibrated):
 def test_counting_what_prumerge_retains_merges_nothing(next_checkpoint):
     family = load_family(next_checkpoint)
     needs = make_pruner("prumerge").needs
-    views = [view for number in range(6) for view in family.encode([picture(number)], needs)[0]]
+    views = [view for number in range(6) for view in family.encode([family.open(picture(number))], needs)[0]]
     for name in ("prumerge", "prumerge_plus", "random"):
         for budget in (Budget.tokens(5), Budget.adaptive()) if name != "random" else (Budget.tokens(5),):
             pruner = make_pruner(name, budget=budget)
             assert [pruner.count(view) for view in views] == [len(pruner.choose(view)) for view in views]
+
+
+def test_a_floor_above_the_target_is_refused(ask, calibrated, codebook_file, next_checkpoint):
+    with pytest.raises(UserError, match=r"a mean of 4 retained tokens(.|\n)*min_keep=9"):
+        ask(keep=4, min_keep=9)  # before a model is loaded
+    with pytest.raises(UserError, match="min_keep=9"):
+        ask(ratio=0.25, min_keep=9)  # four of sixteen, which only the images tell
+    run, _ = ask(keep=4, min_keep=4)
+    assert run.calibrations["one"]["achieved"] == 4
 
 
 @pytest.mark.parametrize(
@@ -631,7 +679,7 @@ def test_counting_what_prumerge_retains_merges_nothing(next_checkpoint):
         ({"match": "random:17"}, "17 retained tokens"),
         ({"match": "fastv:layer_average=5"}, "needs rank"),
         ({"match": "fastv:rank=5:layer=4"}, "layer 4 of 4"),
-        ({"match": "sparsevlm"}, "fastv:rank=TOKENS"),
+        ({"match": "sparsevlm"}, "METHOD:TOKENS"),
         ({"codebook": "nowhere.safetensors"}, "nowhere"),
         ({"names": ("oen",)}, "near: one"),
         ({"holdout": 1.0}, "leave images in both parts"),
@@ -644,58 +692,75 @@ def test_mistakes_are_told_in_four_lines(calibrated, options, words):
         calibrated(**options)
 
 
-def test_tasks_are_loaded_for_the_entry(next_checkpoint, codebook_file, cache, manager, monkeypatch, tmp_path):
-    from rcb_lmms import runs
-
-    asked = []
-    monkeypatch.setattr(runs, "make_task_manager", lambda entry: asked.append(entry) or manager)
-    calibrate_tasks(next_checkpoint, ["left"], "random:4", codebook=str(codebook_file), out=tmp_path / "a.yaml")
-    assert asked == ["llava_next_rcb"]
-
-
-def test_data_that_is_not_there(calibrated, manager, tasks):
-    (tasks / "gone.yaml").write_text(TASK.format(name="gone", file=tasks / "gone.parquet"))
+def test_data_that_is_not_there(tasks):
     from lmms_eval.tasks import TaskManager
 
-    from rcb_lmms.calibration.tasks import load_benchmarks
-
+    (tasks / "gone.yaml").write_text(TASK.format(name="gone", file=tasks / "gone.parquet"))
     with pytest.raises(UserError, match="the data of task gone"):
         load_benchmarks(["gone"], TaskManager("ERROR", include_path=str(tasks), include_defaults=False))
 
 
-def test_the_command_needs_images_or_tasks(tmp_path):
+# The command
+
+
+@pytest.fixture
+def command(monkeypatch, cache, tmp_path):
     from typer.testing import CliRunner
 
     from rcb_lmms.cli import app
 
-    for given in ([], ["--images", str(tmp_path), "--tasks", "pope"]):
-        result = CliRunner().invoke(app, ["calibrate", "--model", "lab", *given])
-        assert isinstance(result.exception, UserError)
+    monkeypatch.chdir(tmp_path)
+    return lambda *given: CliRunner().invoke(app, ["calibrate", *map(str, given)])
+
+
+def test_the_command_needs_images_or_tasks(command, tmp_path):
+    for given in ([], ["--images", tmp_path, "--tasks", "pope"]):
+        assert isinstance(command("--model", "lab", *given).exception, UserError)
+
+
+def test_a_task_of_ones_own_is_calibrated_and_the_line_to_copy_is_right(
+    command, tasks, next_checkpoint, codebook_file, tmp_path, ask
+):
+    given = ["--model", next_checkpoint, "--codebook", codebook_file, "--include_path", tasks, "--out", "own.yaml"]
+    result = command("--tasks", "one", "--match", "random:4", *given)
+    assert result.exit_code == 0, result.exception
+    heads = next(line for line in result.stdout.splitlines() if "achieved" in line).split()
+    assert heads[-8:] == ["achieved", "std", "p5", "p50", "p95", "threshold", "ties", "gap"]
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith("next: lmms_eval --model llava_next_rcb --model_args ")
+    assert line.endswith(" --tasks one")
+    arguments = dict(part.split("=", 1) for part in line.split()[5].split(","))
+    assert arguments.pop("pretrained") == next_checkpoint
+    run, answers = ask(**arguments)
+    row = yaml.safe_load((tmp_path / "own.yaml").read_text())["benchmarks"]["one"]["baselines"]["random:4"]["tokens"]
+    assert mean_of(answers) == pytest.approx(row["achieved"], abs=1e-12)
+    assert run.calibrations["one"]["achieved"] == row["achieved"]
+
+
+def test_a_threshold_for_a_folder_of_images_meets_its_mean_exactly(command, next_checkpoint, codebook_file, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(5):
+        picture(number).save(folder / f"{number}.png")
+    result = command("--model", next_checkpoint, "--codebook", codebook_file, "--images", folder, "--keep", 5)
+    assert result.exit_code == 0, result.exception
+    told = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if "percentile" not in line)
+    assert told["target"] == "5.00 tokens per view"
+    arguments = dict(part.split("=", 1) for part in result.stdout.splitlines()[-1].split()[5].split(","))
+    budget = Budget.threshold(float(arguments["threshold"]), int(arguments["ties"]))
+    pruner, family = make_pruner("rcb", codebook=codebook_file, budget=budget), load_family(next_checkpoint)
+    views = [view for file in sorted(folder.iterdir()) for view in family.encode([family.open(file)])[0]]
+    record = calibrate_images(next_checkpoint, sorted(folder.iterdir()), Target.number(5), codebook=str(codebook_file))
+    assert sum(len(pruner.choose(view)) for view in views) / len(views) == pytest.approx(record.achieved, abs=1e-12)
+    (folder / "5.png").write_bytes(b"no image")
+    result = command("--model", next_checkpoint, "--codebook", codebook_file, "--images", folder, "--keep", 5)
+    assert "1 of 6 documents" in str(result.exception)
 
 
 def test_reading_ahead_keeps_the_order_and_a_bound():
     started = []
-    results = passes.ahead(lambda item: started.append(item) or item * 2, range(20), 2)
+    results = ahead(lambda item: started.append(item) or item * 2, range(20), 2)
     assert [next(results) for _ in range(3)] == [0, 2, 4]
     assert len(started) <= 7
     assert list(results) == [2 * item for item in range(3, 20)]
-    assert list(passes.ahead(io.StringIO, [], 2)) == []
-
-
-def test_memory_is_bounded_by_a_chunk_and_not_by_the_benchmark(tmp_path, monkeypatch):
-    import tracemalloc
-
-    monkeypatch.setattr(score_files, "CHUNK_TOKENS", 1 << 14)
-    generator, files = np.random.default_rng(0), ScoreFiles(tmp_path, 0)
-    for number in range(400):
-        image = ImageScores(str(number), (2880,), 2880, 1, {})
-        files.append(str(number), [image], [generator.random(2880, dtype=np.float32)])
-    found = [image for own in files.finished().values() for image in own]
-    images = ScoredImages.of(tmp_path, found, Counter(image.key for image in found), "view")
-    tracemalloc.start()
-    (fit,) = fit_many(images, [64.0], 1)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    files.close()
-    assert fit.achieved == 64.0
-    assert peak_bytes < 400 * 2880 * 4  # less than the scores alone, of which sorting makes several copies
+    assert list(ahead(str, [], 2)) == []

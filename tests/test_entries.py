@@ -17,7 +17,7 @@ import tiny_onevision
 import torch
 
 from rcb_lmms.budget import Budget
-from rcb_lmms.calibration import fitting
+from rcb_lmms.calibration import passes
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual
@@ -93,8 +93,8 @@ def entry(checkpoints, codebook_file, tmp_path, monkeypatch):
     return make
 
 
-def ask(model, documents, **generation):
-    """Texts and token counts of the entry's answers to upstream's automatic chat messages."""
+def ask(model, documents, share=slice(None), **generation):
+    """Texts and token counts of the entry's answers to automatic chat messages, for a share of the documents."""
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.task import ConfigurableMessagesTask
 
@@ -114,7 +114,7 @@ def ask(model, documents, **generation):
             doc_id=number,
             metadata={"task": "mixed", "doc_id": number, "repeats": 1},
         )
-        for number, document in enumerate(documents)
+        for number, document in list(enumerate(documents))[share]
     ]
     answers = model.generate_until(requests)
     return [answer.text for answer in answers], [answer.token_counts for answer in answers]
@@ -491,7 +491,7 @@ def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents, mo
 
     assert [cached(), cached()] == [False, True]
     assert not any(cached(**other) for other in ({"per": "image"}, {"split": False}, {"max_frames_num": 3}))
-    monkeypatch.setattr(fitting, "RULE", 0)
+    monkeypatch.setattr(passes, "RULE", 0)
     assert not cached()
 
 
@@ -587,7 +587,7 @@ def work(arguments, documents_file, out):
     dist.init_process_group("gloo")
     model = entries.LlavaNextRcb(**json.loads(arguments))
     model._rank, model._world_size = rank, size
-    texts, counts = ask(model, pickle.loads(Path(documents_file).read_bytes())[rank::size])
+    texts, counts = ask(model, pickle.loads(Path(documents_file).read_bytes()), slice(rank, None, size))
     model.clean()
     answers = [(text, row.to_dict()) for text, row in zip(texts, counts, strict=True)]
     record = {"answers": answers, "achieved": model.run.achieved, "calibrations": model.run.calibrations}

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 
-from rcb_lmms.calibration import fitting
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES, class_name
 from rcb_lmms.models.arguments import resolve
+from rcb_lmms.resources import cache_dir
 from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
 
 FAST = {"max_new_tokens": 4}
@@ -135,7 +135,7 @@ def test_a_calibration_is_found_again_and_another_data_set_is_not(evaluate, code
     other = tiny.save_pope(tmp_path / "other", images=5)
     third, _ = evaluate("llava_rcb", "three", tree=other, keep=5, codebook=codebook_file)
     assert third["calibrations"]["pope"]["cached"] is False
-    for file in fitting.cache_dir().rglob("*.json"):
+    for file in cache_dir().rglob("images-*.jsonl"):
         file.write_text("{")  # damaged: as good as none
     fourth, _ = evaluate("llava_rcb", "four", keep=5, codebook=codebook_file)
     assert fourth["calibrations"]["pope"]["cached"] is False
@@ -261,7 +261,7 @@ def test_a_finished_run_is_not_repeated_and_its_folder_is_its_own(evaluate, tmp_
         ("rcb", {"kep": 64}, "pretrained, dtype, device"),
         ("none", {"keep": 64}, "llava_full with keep"),
         ("random", {"threshold": 0.5}, "random with threshold"),
-        ("rcb", {"match": "sparsevlm"}, "no such baseline"),
+        ("rcb", {"match": "sparsevlm"}, "no such target"),
         ("rcb", {"keep": "many"}, "not a number"),
         ("rcb", {"threshold": 45}, "from -1 to 1"),
         ("random", {"keep": 0}, "whole numbers from 1"),
@@ -415,10 +415,12 @@ def test_match_takes_counts_as_they_are_and_measures_only_what_a_baseline_decide
     # FastV leaves every view whole and prunes in the decoder: measuring its views gave the native count.
     targets = {
         name: resolve("llava", "rcb", {"codebook": codebook_file, "match": name}).target
-        for name in ("fastv:144", "random", "prumerge:72", "prumerge")
+        for name in ("fastv:144", "random:64", "prumerge:72", "prumerge")
     }
     assert [targets[name].tokens for name in targets] == [144, 64, 72, None]
-    assert targets["prumerge"].baseline.budget.kind == "adaptive"
+    assert targets["prumerge"].measured.budget.kind == "adaptive"
+    with pytest.raises(UserError, match="without its number"):
+        resolve("llava", "rcb", {"codebook": codebook_file, "match": "random"})
     for method in ("fastv", "random"):
         with pytest.raises(UserError, match="model_args this entry does not have"):
             resolve("llava", method, {"match": "prumerge"})

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcb_lmms.budget import Budget
-from rcb_lmms.calibration.threshold_file import ThresholdFile
+from rcb_lmms.calibration import Target, ThresholdFile
+from rcb_lmms.calibration.fitting import check_least
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families import Family, default_codebook, family_class
 from rcb_lmms.families.tiles import PACKINGS
@@ -24,20 +25,6 @@ PAPER_TOKENS = 64
 VIDEO = ("video_backend", "max_frames_num")
 LOADING = ("pretrained", "dtype", "device", "attn_implementation", "preprocess", "template", *VIDEO)
 BUDGETS = ("keep", "ratio", "threshold", "match")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A mean number of retained tokens per view to calibrate for: a number, or a baseline's own mean."""
-
-    tokens: float | None = None
-    ratio: float | None = None
-    baseline: Pruner | None = None
-
-    def __str__(self) -> str:
-        if self.baseline is not None:
-            return f"{self.baseline.name}:{self.baseline.budget}"
-        return f"{self.tokens:g}" if self.tokens is not None else f"ratio={self.ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,13 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     _check_provided(family, entry_id(family, method), method)
     options = _method_options(method)
     budgets = budget_names(method)
-    common = ["preset", "batch_size", "seed", *["per"] * bool(budgets), *["thresholds"] * ("threshold" in budgets)]
+    common = [
+        "preset",
+        "batch_size",
+        "seed",
+        *["per"] * bool(budgets),
+        *(["thresholds", "ties"] if "threshold" in budgets else []),
+    ]
     allowed = [*LOADING, *own.options, *budgets, *options, *common]
     unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
     if unknown:
@@ -98,9 +91,11 @@ def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
     if preset == "official" and not {"threshold", "thresholds"} & set(arguments):
         chosen = {**PRUNERS[method].official_options.get(family, {}), **chosen}
     pruner = make_pruner(method, budget=_unfitted(method), preset=preset, **chosen)
-    budget, target = _budget(pruner, given)
-    if target is not None and target.baseline is not None:
-        _check_provided(family, f"match={given['match']}", target.baseline.name)
+    budget, target = _budget(pruner, given, arguments.get("ties"))
+    if target is not None and target.measured is not None:
+        _check_provided(family, f"match={target}", target.measured.name)
+    if target is not None and target.count is not None:
+        check_least(pruner, target.count)
     pruner = dataclasses.replace(pruner, budget=budget)
     per = choose("per", str(arguments.get("per", "view")), PER)
     batch_size = _whole("batch_size", arguments.get("batch_size", 1))
@@ -205,7 +200,7 @@ def budget_names(method: str) -> tuple[str, ...]:
     return tuple(name for name in BUDGETS if name in names)
 
 
-def _budget(pruner: Pruner, given: dict[str, Any]) -> tuple[Budget | None, Target | None]:
+def _budget(pruner: Pruner, given: dict[str, Any], ties: Any) -> tuple[Budget | None, Target | None]:
     """The budget, and the mean to calibrate for where the method meets a mean over the benchmark instead of a count."""
     if len(given) > 1:
         raise UserError(
@@ -214,20 +209,27 @@ def _budget(pruner: Pruner, given: dict[str, Any]) -> tuple[Budget | None, Targe
             allowed="one of: " + ", ".join(budget_names(pruner.name)),
             next_step="remove all but one",
         )
+    if ties is not None and "threshold" not in given:
+        raise UserError(
+            wanted=f"ties={ties}",
+            found="no threshold, at which tokens could tie",
+            allowed="threshold=...,ties=..., as `rcb calibrate` prints them",
+            next_step="remove ties, or give the threshold that it belongs to",
+        )
     if not pruner.budgets:
         return None, None
     name, value = next(iter(given.items()), ("keep", PAPER_TOKENS))
     if name == "threshold":
-        return Budget.threshold(_number(name, value)), None
+        return Budget.threshold(_number(name, value), _whole("ties", ties or 0, 0)), None
     if name == "match":
-        target = matched(str(value))
-        if target.tokens is not None and not pruner.fits_mean:
-            return Budget.tokens(target.tokens), None
+        target = Target.parse(value)
+        if target.count is not None and not pruner.fits_mean:
+            return Budget.tokens(target.count), None
         return pruner.budget, target
     value = _number(name, value)
     budget = Budget.tokens(round(value) if pruner.fits_mean else value) if name == "keep" else Budget.ratio(value)
     if pruner.fits_mean:
-        return pruner.budget, Target(tokens=value) if name == "keep" else Target(ratio=value)
+        return pruner.budget, Target.number(value) if name == "keep" else Target.share(value)
     return budget, None
 
 
@@ -235,29 +237,6 @@ def _unfitted(method: str) -> Budget | None:
     """Any budget of a kind that the method takes, until its own is known."""
     every = {"threshold": Budget.threshold(1.0), "adaptive": Budget.adaptive(), "tokens": Budget.tokens(1)}
     return next((every[kind] for kind in PRUNERS[method].budgets if kind in every), None)
-
-
-def matched(name: str) -> Target:
-    """The target of `match=NAME` or `match=NAME:TOKENS`: the baseline's retained tokens.
-
-    A baseline with a count is that number; FastV's counts the tokens behind its layer, the convention of the paper's
-    tables. Only what a baseline decides image by image is measured.
-
-    Raises:
-        UserError: not a baseline.
-    """
-    method, _, tokens = name.partition(":")
-    kinds = PRUNERS[method].budgets if method in PRUNERS else ()
-    if "adaptive" in kinds and not tokens:
-        return Target(baseline=make_pruner(method, budget=Budget.adaptive()))
-    if "tokens" in kinds and "threshold" not in kinds:
-        return Target(tokens=_number("match", tokens or PAPER_TOKENS))
-    raise UserError(
-        wanted=f"match={name}",
-        found="no such baseline",
-        allowed="prumerge, prumerge_plus, fastv, random, stride, downsample, each with :TOKENS",
-        next_step="match=prumerge, or match=fastv:144",
-    )
 
 
 def _number(name: str, value: Any) -> float:
@@ -269,12 +248,12 @@ def _number(name: str, value: Any) -> float:
         ) from None
 
 
-def _whole(name: str, value: Any) -> int:
-    if not re.fullmatch(r"\d+(\.0)?", str(value)) or float(value) < 1:
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if not re.fullmatch(r"\d+(\.0)?", str(value)) or float(value) < least:
         raise UserError(
             wanted=f"{name}={value}",
-            found="not a positive whole number",
-            allowed="whole numbers from 1",
+            found="not a positive whole number" if least else "not a whole number",
+            allowed=f"whole numbers from {least}",
             next_step=f"{name}=1",
         )
     return int(float(value))

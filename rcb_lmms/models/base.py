@@ -13,6 +13,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from rcb_lmms.engine.processes import gather, rank_and_size
 from rcb_lmms.engine.questions import Answer
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError, leave_with
@@ -22,7 +23,6 @@ from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
 from rcb_lmms.models.journal import Journal
 from rcb_lmms.models.ledger import RUNS, RunRecord, VisualTokenCounts, report_metrics, summarize, versions
-from rcb_lmms.models.processes import gather, rank_and_size
 from rcb_lmms.models.questions import Request, grouped
 from rcb_lmms.pruners.base import Pruner
 
@@ -66,6 +66,9 @@ class PrunedModel(lmms):
                 self.settings.thresholds.check(self.encoder, self.settings.pruner)
         self.rows: list[tuple[str, VisualTokenCounts]] = []
         self.seconds = 0.0
+        # Documents that could not be read when a budget was fitted, by task and number: they fail, though they may be
+        # readable by now, since the mean was taken without them.
+        self.uncalibrated: dict[tuple[str, int], str] = {}
         self.run = RunRecord(
             model=entry_id(self.family_name, self.method),
             arguments={name: str(value) for name, value in arguments.items()},
@@ -123,11 +126,13 @@ class PrunedModel(lmms):
             return [answers[index] for index in range(len(questions))]
 
     def _answered_before(self, questions: list[Request], indices: list[int]) -> dict[int, GenerationResult]:
-        """Answers that a run of the same command gave before it was interrupted."""
+        """Answers that an interrupted run of the same command gave, and failures known since the budget was fitted."""
         found = {}
         for index in indices:
             question = questions[index]
-            if (answer := self.journal.answer(question, self._fitted(question.task), self.family)) is not None:
+            if error := self.uncalibrated.get((question.task, question.doc_id)):
+                found[index] = self._failed(question, f"unreadable when the budget was fitted, twice: {error}")
+            elif (answer := self.journal.answer(question, self._fitted(question.task), self.family)) is not None:
                 found[index] = answer
                 if not question.padding:
                     self.rows.append((question.task, answer.token_counts))
@@ -172,7 +177,7 @@ class PrunedModel(lmms):
 
     def _needs(self) -> frozenset[str]:
         target = self.settings.target
-        baseline = target.baseline.needs if target is not None and target.baseline is not None else frozenset()
+        baseline = target.measured.needs if target is not None and target.measured is not None else frozenset()
         return self.settings.pruner.needs | baseline
 
     def _pruner_for(self, task: str, questions: list[Request]) -> Pruner:
@@ -180,8 +185,9 @@ class PrunedModel(lmms):
         target = self.settings.target
         if target is None:
             return self.settings.pruner
-        pruner, record, from_cache = calibrate_requests(self, task, questions, target)
+        pruner, record, from_cache, errors = calibrate_requests(self, task, questions, target)
         self.run.calibrations[task] = {**asdict(record), "cached": from_cache}
+        self.uncalibrated |= {(task, number): error for number, error in errors.items()}
         return pruner
 
     def _fitted(self, task: str) -> dict[str, float]:

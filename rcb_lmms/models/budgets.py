@@ -1,91 +1,51 @@
-"""Calibration over the very requests of a task, wherever they are spread."""
+"""The mean budget of a run: fitted to a task's documents, or read from a file of thresholds."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import logging
 from typing import TYPE_CHECKING
 
-from rcb_lmms.calibration import fitting
-from rcb_lmms.errors import UserError
-from rcb_lmms.models.arguments import VIDEO
-from rcb_lmms.models.processes import gather
-from rcb_lmms.models.questions import Request
-from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.calibration import Calibration, data_hash, fit, score_pass, survey, with_parameters
+from rcb_lmms.models.documents import documents_of_run
 
 if TYPE_CHECKING:
-    from rcb_lmms.families.images import Visual
-    from rcb_lmms.models.arguments import Target
+    from rcb_lmms.calibration import Target
     from rcb_lmms.models.base import PrunedModel
+    from rcb_lmms.models.questions import Request
+    from rcb_lmms.pruners.base import Pruner
 
-# What a record says of the tokens that a threshold was fitted to, besides the family's own options.
-ENCODING = ("pretrained", "fingerprint", "codebook_sha256", "preprocess", "dtype", "per", *VIDEO)
+logger = logging.getLogger(__name__)
 
 
 def calibrate_requests(
     model: PrunedModel, task: str, questions: list[Request], target: Target
-) -> tuple[Pruner, fitting.Calibration, bool]:
-    """Fit the entry's method to a task's requests; every process gets the same result.
+) -> tuple[Pruner, Calibration, bool, dict[int, str]]:
+    """Fit the entry's method to the documents of a task; every process gets the same result.
 
     Returns:
-        The fitted method, the record, and whether it came from the cache or a file of thresholds.
+        The fitted method, the record, whether no image had to be scored for it, and what is wrong with the documents
+        that cannot be read: they must not be answered, since the budget was met without them.
 
     Raises:
         UserError: no image, a budget that the images cannot meet, or one that the file does not have.
     """
-    pruner, file = model.settings.pruner, model.settings.thresholds
+    pruner, file, encoder = model.settings.pruner, model.settings.thresholds, model.encoder
+    documents = documents_of_run(task, questions)
     if file is not None:
         file.row(task, target)  # refused before a whole benchmark is opened
-    own = [question for question in questions if not question.padding]
-    keys = [[visual.key for visual in _opened(model, question)] for question in own]
-    weights = Counter(key for of_question in keys for key in of_question)
-    if not (every := sum(gather(weights), Counter())):
-        raise UserError(
-            wanted=f"a mean budget over task {task}",
-            found="no image or video that can be read",
-            allowed="tasks over images or videos",
-            next_step="check the task's data with the unpruned entry, which says what is wrong with each sample",
-        )
-    data = fitting.data_hash(every)
-    if file is not None:
-        record = file.calibration(task, target, data, float(sum(every.values())))
-        return fitting.with_parameters(pruner, record.fitted), record, True
-    identity = {
-        "task": task,
-        "data": data,
-        "target": str(target),
-        "pruner": model.run.resolved["pruner"],
-        **{name: model.run.resolved[name] for name in (*ENCODING, *model.family.options)},
-    }
-    if all(gather((record := fitting.cached(identity)) is not None)):
-        return fitting.with_parameters(pruner, record.fitted), record, True
-    baselines = {} if target.baseline is None else {"baseline": target.baseline}
-    scores = fitting.score_pass(model.encoder, {"method": pruner}, baselines, _visuals(model, own, keys), weights)
-    scores = fitting.ScorePass(per=scores.per).merge(gather(scores))
-    if target.baseline is not None:
-        tokens = scores.baseline("baseline")
+        asked, errors = survey(encoder.family, documents)
+        record = file.calibration(task, target, data_hash(asked), float(sum(asked.values())), len(errors))
+        fitted, known = with_parameters(pruner, record.fitted), True
     else:
-        tokens = target.tokens if target.tokens is not None else target.ratio * scores.mean(scores.natives)
-    fitted, record = fitting.fit(pruner, scores, "method", tokens, data)
-    if model.rank == 0:
-        fitting.remember(identity, record)
-    return fitted, record, False
-
-
-def _opened(model: PrunedModel, question: Request) -> list[Visual]:
-    try:
-        return question.load(model.family)[1]
-    except Exception:
-        # The same failure is met, recorded and reported when the question is to be answered.
-        return []
-
-
-def _visuals(model: PrunedModel, questions: list[Request], keys: list[list[str]]) -> Iterator[Visual]:
-    """Each distinct visual once, opened again when its turn comes: a benchmark does not fit into memory."""
-    seen: set[str] = set()
-    for question, of_question in zip(questions, keys, strict=True):
-        if not seen.issuperset(of_question):
-            for visual in _opened(model, question):
-                if visual.key not in seen:
-                    seen.add(visual.key)
-                    yield visual
+        baselines = {target.text: target.measured} if target.measured else {}
+        scores = score_pass(encoder, pruner, baselines, documents, reread=True)
+        fitted, record = fit(pruner, scores, target.mean(scores, encoder.family.layers))
+        known, errors = scores.reused, scores.errors
+    if errors:
+        logger.warning(
+            "%s: %d of %d documents cannot be read, twice each; the budget is met over the others, and these fail",
+            task,
+            len(errors),
+            len(documents),
+        )
+    return fitted, record, known, errors

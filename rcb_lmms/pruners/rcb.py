@@ -75,6 +75,11 @@ class RCB(Pruner):
         """Whether a threshold decides; the softmax of the other variant has counts alone."""
         return self.variant == "max_cosine"
 
+    @property
+    def least(self) -> int:
+        """Tokens that stay of a view whatever the threshold."""
+        return self.min_keep
+
     def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
         """Score every token by minus its redundancy, `(n,)` float32."""
         return -self.redundancy(view)

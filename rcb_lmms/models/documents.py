@@ -1,0 +1,85 @@
+"""lmms-eval's tasks and requests, as documents whose images calibration reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.calibration.passes import Documents
+from rcb_lmms.engine.processes import gather
+from rcb_lmms.engine.questions import load_turns
+from rcb_lmms.errors import UserError
+
+if TYPE_CHECKING:
+    from rcb_lmms.families.base import Family
+    from rcb_lmms.families.images import Visual
+    from rcb_lmms.models.questions import Request
+
+
+def documents_of(name: str, dataset: Any, messages: Any, numbers: Sequence[int]) -> Documents:
+    """Documents of a data set, by number, with the function that makes chat turns of one."""
+
+    def media(family: Family, number: int) -> list[Visual]:
+        return load_turns(family, name, messages(dataset[number]))[1]
+
+    return Documents(name, numbers, media, getattr(dataset, "_fingerprint", None))
+
+
+def documents_of_run(task: str, questions: Sequence[Request]) -> Documents:
+    """All documents of a task that the run covers, those included that are not asked about any more.
+
+    With `--use_cache` the host sends only the requests whose answers it does not know. All that it made hang on the
+    task, whose bound method every request carries.
+    """
+    _, messages, _, _, _, _ = questions[0].request.args
+    made = getattr(getattr(messages, "__self__", None), "instances", None)
+    requests = made or [question.request for question in questions]
+    own = {request.args[3] for request in requests if not (request.metadata or {}).get("__padding_only__")}
+    return documents_of(task, questions[0].dataset, messages, sorted(set().union(*gather(own))))
+
+
+def load_benchmarks(names: Sequence[str], manager: Any) -> dict[str, dict[str, Documents]]:
+    """The documents of benchmarks by name, each with one task or several.
+
+    A group of tasks is one benchmark; of a group that holds groups, every member is one.
+
+    Raises:
+        UserError: an unknown name, or data that cannot be loaded.
+    """
+    from tenacity import RetryError
+
+    from rcb_lmms.runs import unloadable
+
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 5)
+            raise UserError(
+                wanted=f"the task {name}",
+                found="no such task or group",
+                allowed="names that lmms-eval knows, and rcb_*" + (f"; near: {', '.join(near)}" if near else ""),
+                next_step="lmms_eval tasks list, or --include_path FOLDER for a task of your own",
+            )
+    benchmarks: dict[str, dict[str, Documents]] = {}
+    for name in names:
+        try:
+            benchmarks |= _benchmarks(manager.load_task_or_group(name, task_type="chat"))
+        except (OSError, ValueError, RetryError) as error:  # what `datasets` and the hub raise for absent data
+            raise unloadable(name, error) from error
+    return benchmarks
+
+
+def _benchmarks(loaded: Mapping[Any, Any]) -> dict[str, dict[str, Documents]]:
+    found: dict[str, dict[str, Documents]] = {}
+    for key, value in loaded.items():
+        if not isinstance(value, dict):
+            found[key] = {key: _documents_of_task(key, value)}
+        elif any(isinstance(member, dict) for member in value.values()):
+            found |= _benchmarks(value)
+        else:
+            found[key.group_name] = {name: _documents_of_task(name, task) for name, task in value.items()}
+    return found
+
+
+def _documents_of_task(name: str, task: Any) -> Documents:
+    return documents_of(name, task.eval_docs, task.doc_to_messages, range(len(task.eval_docs)))
