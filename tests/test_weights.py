@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -113,6 +114,32 @@ def test_the_commands_stop(damaged, codebook_file, pope_tree, tmp_path, monkeypa
         lmms_eval()
     assert ended.value.code == 2
     assert "4 missing: model.multi_modal_projector" in capsys.readouterr().err
+
+
+WRONG = [{"vocab_size": [], "text_config": 3}, {"mm_vision_tower": [1], "architectures": [[1]]}]
+
+
+@pytest.mark.parametrize("layout", ["converted", "original"])
+@pytest.mark.parametrize("content", ["[]", "3", "", '{"a":' * 10**5, "\0", *WRONG], ids=range(7))
+def test_configurations_of_any_content_are_no_traceback(tmp_path, checkpoint, layout, content):
+    from original import make
+
+    folder = tmp_path / "tiny"
+    if layout == "original":
+        make.save(folder, "llava")
+    else:
+        shutil.copytree(checkpoint, folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / "config.json").read_text()) | content)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError):
+        load_family(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "no/such/place", "nobody/no-such-model@main", ""])
+def test_names_of_nothing_are_refused(name):
+    with pytest.raises(UserError):
+        load_family(name)
 
 
 def test_what_every_model_computes_itself_may_be_stored(damaged, checkpoint):

@@ -8,17 +8,22 @@ import shlex
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.codebook.reading import git_blob
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from rcb_lmms.codebook.reading import explained, git_blob
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import no_file
 from rcb_lmms.resources import cache_dir, data_dir
 
+STRICT = ConfigDict(extra="forbid")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Source:
     """Where a released tensor lies: `address/path`, its image ids at `address/ids`, its content by `git_blob`."""
 
@@ -38,7 +43,7 @@ class Source:
         return " && ".join([*fetch, f"rcb codebook import {name}"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Card:
     """What is known of a codebook before its file is at hand; one YAML file in `codebooks/`.
 
@@ -163,16 +168,11 @@ def _read_card(path: Path) -> Card:
     import yaml
 
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(entries.get("source"), dict):
-            entries["source"] = Source(**entries["source"])
-        for name in ("shape", "clusters"):
-            entries[name] = tuple(entries.get(name) or ())
-        return Card(**entries)
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError, ValueError) as error:
         raise UserError(
             wanted=f"the codebook card {path}",
-            found=" ".join(str(error).split()),
+            found=explained(error) if isinstance(error, ValidationError) else " ".join(str(error).split()),
             allowed="YAML with the keys " + ", ".join(entry.name for entry in fields(Card)),
             next_step="correct or remove the card",
         ) from error

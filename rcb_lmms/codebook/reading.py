@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import no_file
@@ -31,26 +32,29 @@ def git_blob(raw: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
 
 
-@functools.cache
-def _facts() -> Any:
-    """The model of a codebook's facts; unknown ones are let through, since anybody may add some."""
-    from pydantic import BaseModel, ConfigDict
+class Facts(BaseModel):
+    """The types of a codebook's facts; unknown ones are let through, since anybody may add some."""
 
-    class Facts(BaseModel):
-        model_config = ConfigDict(extra="allow", strict=True)
-        id: str | None = None
-        model: str | None = None
-        revision: str | None = None
-        family: str | None = None
-        images: int | None = None
-        counts: dict[str, int] | None = None
-        thresholds: dict[str, Any] | None = None
-        experiment: dict[str, Any] | None = None
-        source: dict[str, Any] | None = None
-        rows: dict[str, list[Any]] | None = None
-        sha256: str | None = None
+    model_config = ConfigDict(extra="allow", strict=True)
+    id: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    family: str | None = None
+    images: int | None = None
+    counts: dict[str, int] | None = None
+    thresholds: dict[str, Any] | None = None
+    experiment: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+    merged: list[dict[str, Any]] | None = None
+    rows: dict[str, list[Any]] | None = None
+    sha256: str | None = None
 
-    return Facts
+
+def explained(error: ValidationError) -> str:
+    """Where the first mistake is, what is wrong, and what stands there."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "its metadata"
+    return f"{place}: {first['msg']}, and not {str(first['input'])[:80]}"
 
 
 def read_meta(meta: Any, path: str | Path = "") -> None:
@@ -59,15 +63,11 @@ def read_meta(meta: Any, path: str | Path = "") -> None:
     Raises:
         UserError: a fact of another type.
     """
-    from pydantic import ValidationError
-
     try:
-        _facts().model_validate(meta)
+        Facts.model_validate(meta)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its metadata"
         name = meta.get("id", "a codebook") if isinstance(meta, dict) else "a codebook"
-        raise unusable(path or str(name), f"{place}: {first['msg']}, and not {str(first['input'])[:80]}") from error
+        raise unusable(path or str(name), explained(error)) from error
 
 
 def read_prototypes(path: Path, tensor: str, metadata: str) -> tuple[Tensor, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rcb_lmms.codebook.reading import explained
 from rcb_lmms.errors import UserError
 
 TOP_K_STORED = 50
@@ -117,11 +118,8 @@ def settings_for(family: str, preset: str = "official", **changes: Any) -> Build
     try:
         return BuildSettings(**{"preset": preset, **chosen, **changes})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = first["loc"][0]
-        known = [entry.name for entry in fields(BuildSettings)]
-        message = first["msg"] if name in known else "known settings: " + ", ".join(known)
-        raise _refused(f"{name}={first['input']}", "no such value", message) from error
+        known = ", ".join(entry.name for entry in fields(BuildSettings))
+        raise _refused(explained(error), "no such setting or value", f"settings in range, of: {known}") from error
 
 
 def parse_changes(assignments: list[str]) -> dict[str, str]:

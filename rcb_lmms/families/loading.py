@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError, choose
@@ -14,7 +12,7 @@ from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_template, family_class
 from rcb_lmms.families.video import VideoReader
-from rcb_lmms.families.weights import DTYPES, check_finite, check_report
+from rcb_lmms.families.weights import DTYPES, check_finite, check_report, told
 
 
 def family_of(pretrained: str) -> str:
@@ -67,7 +65,8 @@ def load_family(
     reader = VideoReader(video_backend, max_frames_num)
     loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
     if original:
-        model, processor = load_original(original, device=device, **loading)
+        with told(pretrained):
+            model, processor = load_original(original, device=device, **loading)
     else:
         model, processor = _load_converted(place, device, loading)
     check_finite(model.state_dict().items(), pretrained)
@@ -99,7 +98,7 @@ def _locate(pretrained: str, family: str) -> _Place:
         from rcb_lmms.lab.checkpoint import lab_checkpoint
 
         return _Place(pretrained, str(lab_checkpoint(own or family)))
-    if Path(pretrained).is_dir():
+    if os.path.isdir(pretrained):  # unlike Path.is_dir, False for a name that is too long
         return _Place(pretrained, pretrained)
     path, _, revision = pretrained.partition("@")
     return _Place(pretrained, path, {"revision": revision} if revision else {})
@@ -109,11 +108,11 @@ def _recognise(place: _Place, expected: str | None) -> tuple[type[Family], Origi
     """Family of a checkpoint, and the checkpoint itself if it is in the original layout."""
     from transformers import AutoConfig
 
-    original = find_original(place.path, **place.options)
-    if original:
-        model_type = family_class(original.family).model_type
-    else:
-        with _told(place):
+    with told(place.name):
+        original = find_original(place.path, **place.options)
+        if original:
+            model_type = family_class(original.family).model_type
+        else:
             model_type = AutoConfig.from_pretrained(place.path, **place.options).model_type
     known = {family_class(name).model_type: family_class(name) for name in FAMILIES}
     found = known.get(model_type)
@@ -138,40 +137,19 @@ def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tupl
     # What transformers would warn of ends the load below, in one message.
     transformers_logging.set_verbosity_error()
     try:
-        with _told(place):
+        with told(place.name):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 place.path, output_loading_info=True, ignore_mismatched_sizes=True, **loading, **place.options
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
     check_report(report, model.config, place.name)
-    with _told(place):
+    with told(place.name):
         # A backend named here would be asked of the video processor too, which has torchvision's only.
         processor = AutoProcessor.from_pretrained(place.path, **place.options)
         # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
         processor.image_processor = AutoImageProcessor.from_pretrained(place.path, backend="pil", **place.options)
     return model, processor
-
-
-@contextlib.contextmanager
-def _told(place: _Place) -> Iterator[None]:
-    """Whatever transformers raises over the files of a checkpoint becomes a `UserError`; memory errors stay."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            wanted=f"load {place.name}",
-            found=" ".join(str(error).split())[:300] or type(error).__name__,
-            allowed="lab, a folder with config.json and weights, or a Hugging Face id (id@revision)",
-            next_step="complete the folder"
-            if Path(place.name).exists()
-            else f"hf download {place.path}, or pretrained=lab",
-        ) from error
 
 
 def _check_options(family: type[Family], own: dict[str, Any]) -> None:

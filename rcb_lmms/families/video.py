@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.images import as_rgb
+from rcb_lmms.files import no_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,15 +116,16 @@ class VideoReader:
             UserError: the backend or the file is missing, the file is no video or is cut off, or it has no frames.
         """
         path = Path(path)
-        if not path.exists():
-            raise _unreadable(path, "no such file", "download the task's videos to where the path points")
+        folder = os.path.isdir(path)
+        if not folder and (problem := no_file(path)):
+            raise _unreadable(path, problem, "download the task's videos to where the path points")
 
         def chosen(n_frames: int, fps: float, first: int = 0) -> list[int]:
             if not n_frames:
                 raise _unreadable(path, "no frames")
             return frame_indices(n_frames, fps, start, end, self.max_frames, first)
 
-        if path.is_dir():
+        if folder:
             return _read_folder(path, chosen)
         self._check_installed()
         return {"pyav": _read_pyav, "decord": _read_decord, "torchcodec": _read_torchcodec}[self.backend](path, chosen)

@@ -5,8 +5,10 @@ transformers gives a weight that a checkpoint lacks random values and goes on; w
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
@@ -87,3 +89,25 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], pretrained: str) -> None
 def listed(names: list[str], what: str) -> str:
     """`3 missing: a, b, c`, at most five names."""
     return f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+@contextlib.contextmanager
+def told(name: str) -> Iterator[None]:
+    """Around code of others that reads a checkpoint: whatever it raises over the files becomes a `UserError`.
+
+    A configuration of wrong types runs into anything, from validation to arithmetic. Memory errors stay as they are.
+    """
+    import torch
+
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        path = name.partition("@")[0]
+        raise UserError(
+            wanted=f"load {name[:200]}",
+            found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+            allowed="lab, a folder with config.json and weights, or a Hugging Face id (id@revision)",
+            next_step="complete the folder" if os.path.exists(name) else f"hf download {path[:200]}, or pretrained=lab",
+        ) from error

@@ -12,7 +12,7 @@ from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.original.layout import Original, model_config
 from rcb_lmms.families.original.processors import end_of_turn, load_tokenizer, make_processor, placeholder_ids
 from rcb_lmms.families.original.weights import TABLES, Stored, placed, read, stored_weights
-from rcb_lmms.families.weights import DTYPES, check_finite
+from rcb_lmms.families.weights import DTYPES, check_finite, told
 from rcb_lmms.files import unwritable
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def convert(original: Original, folder: str | Path, dtype: str = "auto") -> list
             next_step="name another folder, or remove it",
         )
     choose("dtype", dtype, DTYPES)
-    model, processor = _empty_model(original, "sdpa")
+    with told(original.source.path):
+        model, processor = _empty_model(original, "sdpa")
     stored = stored_weights(original, model)
     _note_dtype(model.config, _stored_dtype(stored) if dtype == "auto" else getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.partial")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.files import no_file
 
 ARCHITECTURES = {"LlavaLlamaForCausalLM": "llama", "LlavaQwenForCausalLM": "qwen2"}
 MODEL_TYPES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_qwen": "LlavaQwenForCausalLM"}
@@ -65,9 +67,9 @@ class Source:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-        if Path(self.path).is_dir():
+        if os.path.isdir(self.path):
             file = Path(self.path, name)
-            return file if file.is_file() else None
+            return None if no_file(file) else file
         try:
             return Path(hf_hub_download(self.path, name, revision=self.revision))
         except (OSError, EntryNotFoundError, HFValidationError):
@@ -77,7 +79,7 @@ class Source:
     def commit(self) -> str | None:
         """The hub commit its files are of; `None` for a folder."""
         config = self.file("config.json")
-        return None if config is None or Path(self.path).is_dir() else config.parent.name
+        return None if config is None or os.path.isdir(self.path) else config.parent.name
 
     def json(self, name: str) -> dict[str, Any]:
         """Content of a JSON file, empty if there is none.
@@ -87,11 +89,15 @@ class Source:
         """
         file = self.file(name)
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file else {}
-        except ValueError as error:
-            raise UserError(
-                wanted=f"read {file}", found=str(error), allowed="a JSON file", next_step="download the file again"
-            ) from error
+            content = json.loads(file.read_text(encoding="utf-8")) if file else {}
+            if isinstance(content, dict):
+                return content
+            found = f"a {type(content).__name__}"
+        except (ValueError, RecursionError) as error:
+            found = str(error)
+        raise UserError(
+            wanted=f"read {file}", found=found, allowed="a JSON object", next_step="download the file again"
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class Original:
         from transformers import AutoConfig
 
         name = self.config["mm_vision_tower"]
-        found = {} if Path(self.tower_source.path).is_dir() else TOWERS.get(name, {})
+        found = {} if os.path.isdir(self.tower_source.path) else TOWERS.get(name, {})
         found = found or self.tower_source.json("config.json")
         kind = next((kind for kind in ("siglip", "clip") if found.get("model_type", "").startswith(kind)), None)
         if kind is None:
@@ -176,7 +182,7 @@ def open_original(name: str) -> Original:
     Raises:
         UserError: there is none.
     """
-    path, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
     original = find_original(path, revision or None)
     if original is None:
         converted = Source(path, revision or None).json("config.json")
