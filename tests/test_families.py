@@ -227,6 +227,27 @@ def test_checkpoints_that_do_not_load_say_why(tmp_path, checkpoint):
         load_family(str(tmp_path / "half"))
 
 
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"device": "foo"}, "cpu"),
+        ({"device": "cuda:999"}, "cpu"),
+        ({"device": "cpu:x"}, "cpu"),
+        ({"attn_implementation": "flsh"}, "sdpa, eager, "),
+        ({"attn_implementation": "flash_attention_3"}, "sdpa and eager"),
+        ({"dtype": "int8"}, "float16"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_before_anything_is_read(checkpoint, monkeypatch, options, allowed):
+    def read(*_, **__):
+        raise AssertionError("read before it was checked")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", read)
+    with pytest.raises(UserError) as error:
+        load_family(str(checkpoint), **options)
+    assert allowed in error.value.allowed
+
+
 def test_defaults_of_the_family(checkpoint):
     assert family_of(str(checkpoint)) == "llava"
     assert default_codebook("llava", "lab") == "lab-llava"

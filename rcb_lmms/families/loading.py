@@ -8,6 +8,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.base import Family
+from rcb_lmms.families.devices import check_attention, check_device
 from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_template, family_class
@@ -59,7 +60,8 @@ def load_family(
 
     pretrained = str(pretrained)
     place = _locate(pretrained, family or "llava")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_attention(attn_implementation)
     chosen, original = _recognise(place, family)
     _check_options(chosen, own)
     reader = VideoReader(video_backend, max_frames_num)

@@ -104,10 +104,14 @@ def told(name: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        path = name.partition("@")[0]
+        next_step = f"hf download {name.partition('@')[0][:200]}, or pretrained=lab"
+        if os.path.exists(name):
+            next_step = "complete the folder"
+        elif name.partition(":")[0] == "lab":
+            next_step = "rcb doctor, which looks at what the package carries"
         raise UserError(
             wanted=f"load {name[:200]}",
             found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
             allowed="lab, a folder with config.json and weights, or a Hugging Face id (id@revision)",
-            next_step="complete the folder" if os.path.exists(name) else f"hf download {path[:200]}, or pretrained=lab",
+            next_step=next_step,
         ) from error
