@@ -30,10 +30,7 @@ class Llava(Family):
 
     def pixels(self, visual: Visual) -> Tensor:
         """See `Family.pixels`: one view."""
-        processor = self.processor.image_processor
-        image = (
-            central_square_region(visual.image)
-            if self.preprocess == "rcb"
-            else pad_to_square(visual.image, processor.image_mean)
-        )
-        return processor([image], return_tensors="pt")["pixel_values"]
+        processor, image = self.processor.image_processor, visual.image
+        if self.preprocess == "pad":
+            image = pad_to_square(image, processor.image_mean)
+        return processor([central_square_region(image)], return_tensors="pt")["pixel_values"]

@@ -62,9 +62,8 @@ class TiledFamily(Family):
         It does not depend on the tiles: the processor is asked for one, the least there can be, which is dropped.
         """
         one = [[self.side_px, self.side_px]]
-        return self.processor.image_processor(image, image_grid_pinpoints=one, return_tensors="pt")["pixel_values"][
-            0, :1
-        ]
+        views = self.processor.image_processor(image, image_grid_pinpoints=one, return_tensors="pt")
+        return views["pixel_values"][0, :1]
 
     def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
         """See `Family.pack`; a single view ends with a newline unless the packing is `flat`.
@@ -95,12 +94,12 @@ class TiledFamily(Family):
         rows, columns = (side // self.side_px for side in best)
         plane = torch.stack(list(views[1:])).view(rows, columns, *self.grid, -1).permute(4, 0, 2, 1, 3)
         plane = plane.flatten(3, 4).flatten(1, 2)  # (d, rows of tokens, columns of tokens)
-        top, left = padding(image.size, plane.shape[:0:-1], exact=self.original)
-        plane = self._shrunk(plane[:, top : plane.shape[1] - top, left : plane.shape[2] - left])
-        ends = newline.to(plane)[:, None, None].expand(-1, plane.shape[1], 1)
-        tiles = torch.cat([plane, ends], dim=2).flatten(1).T
-        first, width = len(views[0]), plane.shape[2] + 1
-        newlines = tuple(first + width * row + width - 1 for row in range(plane.shape[1]))
+        _, height, width = plane.shape
+        top, left = padding(image.size, (width, height), exact=self.original)
+        plane = self._shrunk(plane[:, top : height - top, left : width - left])
+        _, height, width = plane.shape
+        tiles = torch.cat([plane, newline.to(plane)[:, None, None].expand(-1, height, 1)], dim=2).flatten(1).T
+        newlines = tuple(len(views[0]) + (width + 1) * row + width for row in range(height))
         return Rows(torch.cat([views[0], tiles.to(views[0])]), newlines)
 
     def _shrunk(self, plane: Tensor) -> Tensor:
