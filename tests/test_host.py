@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -56,6 +57,91 @@ def test_failed_samples_set_the_exit_status(command, pope_tree, tmp_path, capsys
     tree = test_models.broken_tree(pope_tree, tmp_path / "broken")
     assert command("--model", "llava_full", tree=tree) == 1
     assert "llava_full: 4 samples failed and are in no metric; the first: pope 8" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_saved_are_no_success_and_cost_no_answer(command, tmp_path, capsys):
+    assert command("--model", "llava_full", "--limit", "2") == 0
+    (file,) = (tmp_path / "out").rglob("*_results.json")
+    place = file.parent
+    shutil.rmtree(place)
+    place.write_text("in the way")
+    assert command("--model", "llava_full") == 1
+    assert "the results of llava_full could not be saved" in capsys.readouterr().err
+    assert list((tmp_path / "out" / ".answers").glob("*.jsonl"))
+    place.unlink()
+    assert command("--model", "llava_full") == 0
+    (file,) = (tmp_path / "out").rglob("*_results.json")
+    assert json.loads(file.read_text())["rcb"]["totals"]["resumed_questions"] == 24
+    assert not (tmp_path / "out" / ".answers").exists()
+
+
+@pytest.mark.parametrize("kind", ["results", "samples"])
+def test_files_that_a_full_disk_cut_off_are_no_success(command, tmp_path, capsys, monkeypatch, kind):
+    from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+
+    name = {"results": "save_results_aggregated", "samples": "save_results_samples"}[kind]
+    save = getattr(EvaluationTracker, name)
+
+    def cut(self, **given):
+        save(self, **given)
+        (file,) = (tmp_path / "out").rglob(f"*_{kind}*.json*")
+        file.write_bytes(file.read_bytes()[:-20])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationTracker, name, cut)
+        assert command("--model", "llava_full") == 1
+    told = "is cut off" if kind == "results" else "holds 23 whole samples of 24"
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "out" / ".answers").exists()
+
+
+def test_two_commands_do_not_write_into_one_folder(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    # In a process of its own: lmms-eval makes locks of one process reentrant.
+    hold = "import sys, filelock; own = filelock.FileLock(sys.argv[1]); own.acquire(); print(1, flush=True); input()"
+    arguments = [sys.executable, "-c", hold, str(tmp_path / "out" / ".rcb.lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        assert command("--model", "llava_full") == 2
+        other.kill()  # a holder that crashed holds nothing
+    assert "another lmms_eval that is writing there now" in capsys.readouterr().err
+    assert command("--model", "llava_full", "--limit", "2") == 0
+
+
+def test_the_hosts_response_cache_is_refused(command, tmp_path, capsys):
+    assert command("--model", "llava_random", "--use_cache", str(tmp_path / "cache")) == 2
+    assert "wanted:  --use_cache with an entry" in capsys.readouterr().err
+    assert command("--model", "llava_random", f"--use_cache={tmp_path / 'cache'}") == 2
+
+
+def test_the_response_cache_is_refused_in_the_python_api_too(checkpoint, pope_tree, tmp_path, monkeypatch):
+    from lmms_eval.evaluator import simple_evaluate
+
+    from rcb_lmms.runs import make_task_manager
+
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    with working_directory(pope_tree), pytest.raises(errors.UserError, match="--use_cache"):
+        simple_evaluate(
+            model="llava_random", model_args=f"pretrained={checkpoint},keep=5", tasks=["pope"], limit=2,
+            use_cache=str(tmp_path / "responses"), task_manager=make_task_manager(),
+        )  # fmt: skip
+
+
+def test_the_hosts_seed_is_the_entrys(command, tmp_path, caplog):
+    def kept(*arguments, model_args=""):
+        assert command("--model", "llava_random", *arguments, "--limit", "4", model_args=",keep=5" + model_args) == 0
+        file = max((tmp_path / "out").rglob("*_results.json"), key=lambda file: file.stat().st_mtime_ns)
+        samples = file.with_name(file.name.replace("_results.json", "_samples_pope.jsonl"))
+        record = json.loads(file.read_text())["rcb"]["resolved"]["seed"]
+        return record, [json.loads(line)["token_counts"][0]["kept"] for line in samples.read_text().splitlines()]
+
+    first, second = kept("--seed", "7"), kept("--seed", "0,1,8,3")
+    assert (first[0], second[0]) == (7, 8)
+    assert first[1] != second[1]
+    assert kept("--seed", "8") == second
+    assert "seed=7 in model_args counts" not in caplog.text
+    assert kept("--seed", "8", model_args=",seed=7") == first
+    assert "seed=7 in model_args counts, not --seed 8" in caplog.text
 
 
 def test_mistakes_end_in_four_lines_without_a_traceback(command, capsys):

@@ -18,7 +18,7 @@ from rcb_lmms.engine.questions import Answer
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError, leave_with
 from rcb_lmms.families import load_family
-from rcb_lmms.models import entry_id
+from rcb_lmms.models import entry_id, invocation
 from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
 from rcb_lmms.models.journal import Journal
@@ -46,6 +46,8 @@ class PrunedModel(lmms):
     def __init__(self, **arguments: Any):
         super().__init__()
         with leave_with():
+            invocation.refuse_response_cache()
+            arguments = _seeded(arguments)
             self.settings = resolve(self.family_name, self.method, arguments)
             loading = dict(self.settings.loading)
             rank, size = rank_and_size()
@@ -103,6 +105,8 @@ class PrunedModel(lmms):
             UserError: the budget cannot be met, or not one sample could be answered.
         """
         with leave_with():
+            if invocation.asked_through_cache():
+                raise invocation.cache_refused()
             started = time.perf_counter()
             questions = [Request.of(request, self.task_dict, self.settings.seed) for request in requests]
             groups = grouped(questions)
@@ -214,6 +218,17 @@ class PrunedModel(lmms):
         # The host deletes modules it finds on this object; ours hang below it.
         self.family = self.session = self.encoder = None
         super().clean()
+
+
+def _seeded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """model_args with lmms-eval's own seed as the default of `seed`."""
+    asked = invocation.asked_seed()
+    own = arguments.get("seed")
+    if asked is None or own is None:
+        return arguments if asked is None else {**arguments, "seed": asked}
+    if str(own) != str(asked):
+        logger.warning("seed=%s in model_args counts, not --seed %s", own, asked)
+    return arguments
 
 
 def _generation_only(name: str) -> UserError:

@@ -1,0 +1,83 @@
+"""What lmms-eval was asked and does not tell its models: this is the one place that looks past the host's interface.
+
+lmms-eval makes a model from `--model_args` alone. Two of its other arguments matter to an entry: `--seed`, which a
+user expects to seed random pruning too, and `--use_cache`, whose key lacks what the answers of these entries depend on.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rcb_lmms.errors import UserError
+
+# Position of torch's seed among the four that `--seed` takes: python, numpy, torch, few-shot.
+TORCH_SEED = 2
+
+
+def argument(name: str) -> str | None:
+    """The value of an argument on the command line, `--name value` or `--name=value`; the last one counts."""
+    found = None
+    for position, word in enumerate(sys.argv):
+        if word == name and position + 1 < len(sys.argv):
+            found = sys.argv[position + 1]
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def configured_runs() -> list[dict[str, Any]]:
+    """The runs of the file that `--config` names; none if it names none, or one that lmms-eval will refuse."""
+    path = argument("--config")
+    return _runs_of(path) if path and Path(path).is_file() else []
+
+
+@cache
+def _runs_of(path: str) -> list[dict[str, Any]]:
+    import yaml
+
+    try:
+        runs = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return []
+    return [run for run in (runs if isinstance(runs, list) else [runs]) if isinstance(run, dict)]
+
+
+def asked_seed() -> int | None:
+    """Torch's seed as `--seed` gives it, here or in a configuration file; `None` if nobody gave one."""
+    given = {str(run["seed"]) for run in configured_runs() if run.get("seed") is not None}
+    if (own := argument("--seed")) is not None:
+        given = {own}
+    if len(given) != 1:  # several runs with seeds of their own: each says it in its model_args
+        return None
+    parts = given.pop().strip("[]()").split(",")
+    value = parts[TORCH_SEED] if len(parts) > TORCH_SEED else parts[0]
+    return int(value) if value.strip().lstrip("-").isdigit() else None
+
+
+def refuse_response_cache() -> None:
+    """Refuse `--use_cache` before anything is loaded.
+
+    Raises:
+        UserError: the flag stands on the command line or in a configuration file.
+    """
+    if argument("--use_cache") is not None or any(run.get("use_cache") for run in configured_runs()):
+        raise cache_refused()
+
+
+def asked_through_cache(depth: int = 2) -> bool:
+    """Whether the function that called this one was called by lmms-eval's response cache."""
+    return sys._getframe(depth).f_globals.get("__name__") == "lmms_eval.caching.response_cache"
+
+
+def cache_refused() -> UserError:
+    """The error for lmms-eval's response cache."""
+    return UserError(
+        wanted="--use_cache with an entry of rcb_lmms",
+        found="a cache whose key knows neither the calibrated threshold nor the codebook nor the code, and which "
+        "forgets what an answer cost: answers under different thresholds would be mixed without a word",
+        allowed="runs without it: with --output_path, the same command continues a run that was interrupted",
+        next_step="remove --use_cache",
+    )
