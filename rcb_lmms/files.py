@@ -90,6 +90,8 @@ def no_file(path: str | Path) -> str | None:
     """Why `path` is no file that can be read to its end; opening a pipe, for one, would wait for a writer forever."""
     try:
         mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "no such file"
     except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
         return getattr(error, "strerror", None) or str(error)
     if stat.S_ISREG(mode):

@@ -131,7 +131,7 @@ def test_other_safetensors_missing_files_and_folders_are_refused(tmp_path):
     save_file({"prototypes": torch.ones(2, 2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="without a codebook's metadata"):
         Codebook.load(tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         Codebook.load(tmp_path / "missing.safetensors")
 
 
