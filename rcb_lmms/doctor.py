@@ -36,9 +36,9 @@ class Check:
 
 
 def doctor() -> list[Check]:
-    """Every check, in the order of printing; nothing is downloaded or changed."""
-    checks = [_python(), *_packages(), _entries(), _gpu(), _java(), _spice(), _video()]
-    return [*checks, *_disk(), _cache(), *_codebooks(), _laboratory()]
+    """Every check, in the order of printing; nothing is downloaded, or changed outside a temporary folder."""
+    checks = [_python(), *_packages(), _untested(), _entries(), _gpu(), _java(), _spice(), _video()]
+    return [*checks, *_disk(), _cache(), *_codebooks(), _laboratory(), _questions()]
 
 
 def main() -> int:
@@ -111,6 +111,56 @@ def _package(name: str, bounds: str) -> Check:
     if found != "not installed":
         cost = f"tested with {name} {bounds}: other releases differ in hooks and files"
     return Check(name, found, good, name in ESSENTIAL, cost, f'pip install "{name}{bounds}"')
+
+
+def _untested() -> Check:
+    """Installed versions that the suite was not run with."""
+    from importlib import metadata
+
+    from rcb_lmms.resources import tested_versions
+
+    tested = tested_versions()
+    installed = {own.metadata["Name"].lower().replace("_", "-"): own.version for own in metadata.distributions()}
+    others = [
+        f"{name} {installed[name]} (tested: {version})"
+        for name, version in sorted(tested.items())
+        if name in installed and installed[name].partition("+")[0] != version
+    ]
+    found = ", ".join(others) if others else f"all {len(tested)} as tested" if tested else "no list of tested versions"
+    return Check(
+        "versions outside the tested set",
+        found,
+        ok=not others and bool(tested),
+        cost="they lie within the declared bounds, but nobody has tried them together",
+        mend="pip install -c constraints.txt -e .",
+    )
+
+
+def _questions() -> Check:
+    """Three questions of laboratory POPE, asked through lmms-eval as a user would ask them."""
+    import os
+    import subprocess
+    import tempfile
+
+    from rcb_lmms.lab.data import write_data
+
+    arguments = ["--model", "llava_rcb", "--model_args", "pretrained=lab,keep=36", "--tasks", "pope", "--limit", "3"]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = write_data(Path(folder, "lab"), benchmarks=["pope"], sizes={"pope": 1})
+        out = Path(folder, "out")
+        done = subprocess.run(
+            [sys.executable, "-m", "rcb_lmms.host", *arguments, "--output_path", str(out), "--log_samples"],
+            cwd=tree,
+            env={**os.environ, "RCB_CACHE": str(Path(folder, "cache")), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        answers = [line for file in out.rglob("*_samples_pope.jsonl") for line in file.read_text().splitlines()]
+    good = done.returncode == 0 and len(answers) == 3
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+    found = "answered through lmms-eval" if good else " | ".join(lines[-5:])[-600:]
+    mend = "read the lines above; pip install -c constraints.txt -e . brings the tested versions"
+    return Check("three questions of POPE", found, good, True, "no run through lmms-eval succeeds", mend)
 
 
 def _entries() -> Check:

@@ -77,3 +77,49 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; the same command continues it", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (told := _of_another_package(error)) is None:
+            raise
+        print(f"error\n{told}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _of_another_package(error: Exception) -> UserError | None:
+    """An exception that another package raised, in four parts; `None` if this package raised it."""
+    import traceback
+    from importlib import metadata
+
+    from rcb_lmms.files import write_atomic
+    from rcb_lmms.resources import cache_dir, tested_versions
+
+    if isinstance(error, ImportError) and error.name:  # what is missing, not who missed it
+        module = error.name.partition(".")[0]
+    else:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        module = next(
+            (
+                str(frame.f_globals.get("__name__")).partition(".")[0]
+                for frame in reversed(frames)
+                if "site-packages" in frame.f_code.co_filename or "rcb_lmms" in frame.f_code.co_filename
+            ),
+            "rcb_lmms",
+        )
+    names = metadata.packages_distributions().get(module, [module])
+    if module in ("rcb_lmms", "__main__"):
+        return None
+    name = names[0]
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    tested = tested_versions().get(name.lower().replace("_", "-"))
+    log = write_atomic(cache_dir() / "traceback.txt", "".join(traceback.format_exception(error)))
+    as_tested = version == tested
+    return UserError(
+        wanted=f"{name}, which this command uses",
+        found=f"{version}, which raised {type(error).__name__}: {' '.join(str(error).split())}"[:500],
+        allowed=f"{name} {tested}, the tested version" if tested else f"a version of {name} that does not raise this",
+        next_step=f"read {log}: the installed version is the tested one"
+        if as_tested or not tested
+        else f'pip install "{name}=={tested}" (the whole traceback: {log})',
+    )

@@ -31,6 +31,22 @@ def data_dir(name: str) -> Path:
     )
 
 
+def tested_versions() -> dict[str, str]:
+    """The version of every package that the suite was run with under this Python and system, by canonical name."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    places = (PACKAGE / "_data" / "constraints.txt", PACKAGE.parent / "constraints.txt")
+    file = next((place for place in places if place.is_file()), None)
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    pins = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return {
+        canonicalize_name(pin.name): str(pin.specifier).removeprefix("==")
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
 def cache_dir() -> Path:
     """Where calibrations and downloads are kept: `RCB_CACHE`, or `~/.cache/rcb_lmms`."""
     return Path(os.environ.get("RCB_CACHE") or Path.home() / ".cache" / "rcb_lmms")

@@ -24,8 +24,10 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_this_machine_can_run_the_package(capsys):
+def test_this_machine_can_run_the_package(capsys, monkeypatch):
     checks = doctor.doctor()
+    assert found(checks, "three questions of POPE").found == "answered through lmms-eval"
+    monkeypatch.setattr(doctor, "doctor", lambda: checks)
     assert doctor.main() == 0
     printed = capsys.readouterr().out
     assert "nothing essential is broken" in printed
@@ -46,7 +48,7 @@ def test_nothing_heavy_is_imported_to_see_the_entries():
 
 
 @pytest.mark.parametrize(
-    ("installed", "good"), [("0.7.3", True), ("0.7.9", True), ("0.7.2", False), ("0.8.0", False), (None, False)]
+    ("installed", "good"), [("0.7.3", True), ("0.7.4", False), ("0.7.2", False), (None, False)]
 )
 def test_versions_are_held_against_the_declared_bounds(monkeypatch, capsys, installed, good):
     real = metadata.version
@@ -59,13 +61,14 @@ def test_versions_are_held_against_the_declared_bounds(monkeypatch, capsys, inst
         return installed
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "_questions", lambda: doctor.Check("questions", "not asked here"))
     check = found(doctor.doctor(), "lmms-eval")
     assert check.ok is good
     assert doctor.main() == (0 if good else 1)
     printed = capsys.readouterr().out
     if not good:
         assert check.found == (installed or "not installed")
-        assert check.mend == 'pip install "lmms-eval<0.8,>=0.7.3"'
+        assert check.mend == 'pip install "lmms-eval==0.7.3"'
         assert check.mend in printed
         assert "broken: lmms-eval" in printed
 
@@ -79,6 +82,7 @@ def test_a_missing_reporting_package_is_no_breakdown(monkeypatch):
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "_questions", lambda: doctor.Check("questions", "not asked here"))
     check = found(doctor.doctor(), "matplotlib")
     assert (check.ok, check.essential, check.cost) == (False, False, "no tables, plots or pictures")
 
@@ -92,6 +96,48 @@ def test_an_uninstalled_package_is_broken(monkeypatch):
     checks = doctor.doctor()
     assert [check.name for check in checks if check.essential and not check.ok] == ["rcb_lmms", "lmms-eval models"]
     assert found(checks, "lmms-eval models").mend.startswith("pip install -e .")
+
+
+def test_versions_outside_the_tested_set_are_named(monkeypatch, tmp_path):
+    (tmp_path / "constraints.txt").write_text(
+        f"# made by uv\ntorch=={metadata.version('torch').partition('+')[0]}\ntyper==0.0.1 ; python_version > '3'\n"
+        "numpy==0.1 ; python_version < '3'\nno-such-package==1\n"
+    )
+    monkeypatch.setattr(resources, "PACKAGE", tmp_path / "package")
+    assert resources.tested_versions()["typer"] == "0.0.1"
+    check = doctor._untested()
+    assert (check.ok, check.essential) == (False, False)
+    assert check.found == f"typer {metadata.version('typer')} (tested: 0.0.1)"
+
+
+def test_a_run_that_lmms_eval_does_not_finish_is_broken(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    check = doctor._questions()
+    assert (check.ok, check.essential, check.found) == (False, True, "exit status 1")
+
+
+def test_an_exception_of_another_package_names_it_its_version_and_the_tested_one(monkeypatch, capsys, own_cache):
+    from rcb_lmms import errors
+
+    def tell(action):
+        with pytest.raises(SystemExit) as stop, errors.exit_on_user_error():
+            action()
+        assert stop.value.code == 1
+        return dict(line.split(": ", 1) for line in capsys.readouterr().err.splitlines()[1:5])
+
+    monkeypatch.setattr(resources, "tested_versions", lambda: {"pyyaml": "6.0.2.dev1", "filelock": "3.0"})
+    import yaml
+
+    told = tell(lambda: yaml.safe_load("a: ["))
+    assert told["wanted"] == " PyYAML, which this command uses"
+    assert metadata.version("pyyaml") in told["found"]
+    assert told["allowed"] == "PyYAML 6.0.2.dev1, the tested version"
+    assert 'pip install "PyYAML==6.0.2.dev1"' in told["next"]
+    assert "yaml.safe_load" in (own_cache / "traceback.txt").read_text()
+    told = tell(lambda: exec("import filelock._no_such_part"))
+    assert told["wanted"] == " filelock, which this command uses"
+    with pytest.raises(ZeroDivisionError), errors.exit_on_user_error():
+        errors.UserError(wanted=1 / 0, found="", allowed="", next_step="")
 
 
 def test_java_that_is_absent_or_broken_is_told_apart(monkeypatch, tmp_path):

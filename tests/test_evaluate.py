@@ -191,17 +191,15 @@ def test_data_that_cannot_be_loaded_are_named(write_config, run, tmp_path, monke
 
 SLOW = """
 import sys, time
-from rcb_lmms.models import base
-generate, versions, calls = base.generate, base.versions, []
+from rcb_lmms.engine import session
+generate, calls = session.generate, []
 def slow(*arguments):
     calls.append(1)
     if len(calls) == {batches}:
         print("STOPPED", flush=True)
         time.sleep(600)
     return generate(*arguments)
-base.generate = slow
-# Answers of changed sources are not kept, and a checkout under test may have changes.
-base.versions = lambda: versions() | {{"commit": "c0ffee"}}
+session.generate = slow
 from rcb_lmms.cli import main
 sys.argv = ["rcb", *sys.argv[1:]]
 main()
@@ -209,8 +207,6 @@ main()
 
 
 def test_a_killed_command_goes_on_where_it_was(write_config, pope_tree, tmp_path, monkeypatch, run):
-    from rcb_lmms.models import base
-
     config = write_config(FULL, RANDOM)
     results = tmp_path / "results"
     environment = {**os.environ, "RCB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -228,8 +224,6 @@ def test_a_killed_command_goes_on_where_it_was(write_config, pope_tree, tmp_path
         assert f"process {process.pid} writing there since" in problem
         process.send_signal(signal.SIGKILL)
     assert read_record(results / "random" / "pope")["status"] == "started"
-    versions = base.versions()
-    monkeypatch.setattr(base, "versions", lambda: versions | {"commit": "c0ffee"})
     assert run(config) == []
     record = read_record(results / "random" / "pope")
     assert (record["totals"]["questions"], record["totals"]["resumed_questions"]) == (24, 8)
