@@ -256,7 +256,7 @@ def _cache() -> Check:
     place = cache_dir()
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
     good = existing.is_dir() and os.access(existing, os.W_OK)
-    known = len(list((place / "calibration").glob("*/images-0.jsonl")))
+    known = len(list((place / "calibration").glob("*/documents.json")))
     found = f"{place}, {known} calibration passes" if good else f"{place} cannot be written"
     cost = "runs with a calibrated budget and downloaded codebooks fail when they are stored"
     return Check("cache", found, good, False, cost, "export RCB_CACHE=/a/folder/that/can/be/written")

@@ -135,7 +135,7 @@ def test_a_calibration_is_found_again_and_another_data_set_is_not(evaluate, code
     other = tiny.save_pope(tmp_path / "other", images=5)
     third, _ = evaluate("llava_rcb", "three", tree=other, keep=5, codebook=codebook_file)
     assert third["calibrations"]["pope"]["cached"] is False
-    for file in cache_dir().rglob("images-*.jsonl"):
+    for file in cache_dir().rglob("*.npz"):
         file.write_text("{")  # damaged: as good as none
     fourth, _ = evaluate("llava_rcb", "four", keep=5, codebook=codebook_file)
     assert fourth["calibrations"]["pope"]["cached"] is False

@@ -7,19 +7,16 @@ So one process or many, in one go or resumed, compute the same scores.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from rcb_lmms.calibration.scores import ImageScores, Medium, PassFiles, Scores
+from rcb_lmms.calibration.documents import READERS, Documents, Opened, ahead, shown
+from rcb_lmms.calibration.scores import ImageScores, Medium, Scores, Store
 from rcb_lmms.engine.processes import gather, rank_and_size
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families.images import Visual, whole_images_only
@@ -28,68 +25,12 @@ from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
     from rcb_lmms.engine.encoding import ImageEncoder
-    from rcb_lmms.families.base import Family
     from rcb_lmms.pruners.base import Pruner, VisualTokens
 
-READERS = 2  # threads that open documents while the tower works
 BATCH_FRAMES = 8
+PROBES = 8  # documents that are opened again before what is known of all of them is believed
 # Raised when a pass computes something else than before: what was kept under another rule is not used.
-RULE = 3
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
-Opened = tuple[int, "list[Visual] | None", str]
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of a benchmark, each of which shows images and videos.
-
-    Attributes:
-        name: of the benchmark.
-        numbers: of the documents.
-        media: opens what one of them shows, by its number.
-        data: names the data set, where it has a name that changes with its content.
-    """
-
-    name: str
-    numbers: Sequence[int]
-    media: Callable[[Family, int], list[Visual]]
-    data: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def open(self, family: Family, number: int) -> Opened:
-        """A document's number with its images and videos, or with what is wrong with them at the second attempt too."""
-        error = ""
-        for _ in range(2):
-            try:
-                visuals = self.media(family, number)
-                for visual in visuals:
-                    _ = visual.key  # hashed here, beside the tower's work
-            except Exception as caught:  # whatever a damaged document raises, it alone is left out
-                error = " ".join(f"{type(caught).__name__}: {caught}".split())
-            else:
-                return number, visuals, ""
-        return number, None, error
-
-
-def survey(family: Family, documents: Documents) -> tuple[Counter[str], dict[int, str]]:
-    """How often a question shows each image, by content key, and what is wrong with documents that cannot be read.
-
-    Every process opens its share, and all get the whole.
-    """
-    rank, size = rank_and_size()
-    asked: Counter[str] = Counter()
-    errors: dict[int, str] = {}
-    with whole_images_only():
-        own = ahead(lambda number: documents.open(family, number), documents.numbers[rank::size], READERS)
-        for number, visuals, error in _shown(own, documents.numbers[rank::size], f"reading {documents.name}"):
-            asked.update(visual.key for visual in visuals or ())
-            if visuals is None:
-                errors[number] = error
-    every = gather((asked, errors))
-    return sum((own for own, _ in every), Counter()), {n: text for _, own in every for n, text in own.items()}
+RULE = 4
 
 
 def score_pass(
@@ -112,7 +53,6 @@ def score_pass(
     Raises:
         UserError: nothing can be read.
     """
-    rank, size = rank_and_size()
     key = {
         "rule": RULE,
         "task": documents.name,
@@ -123,8 +63,9 @@ def score_pass(
         "baselines": {name: traits(own) for name, own in sorted(baselines.items())},
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    with PassFiles(cache_dir() / "calibration" / name, rank, size) as files, whole_images_only():
-        return _Pass(encoder, documents, files, pruner, baselines).run(reread)
+    store = Store(cache_dir() / "calibration" / name)
+    with whole_images_only():
+        return _Pass(encoder, documents, store, pruner, baselines).run(reread)
 
 
 def encoding(encoder: ImageEncoder) -> dict[str, Any]:
@@ -151,58 +92,67 @@ def traits(pruner: Pruner) -> dict[str, str]:
 
 class _Pass:
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        documents: Documents,
-        files: PassFiles,
-        pruner: Pruner,
-        baselines: Mapping[str, Pruner],
+        self, encoder: ImageEncoder, documents: Documents, store: Store, pruner: Pruner, baselines: Mapping[str, Pruner]
     ):
-        self.encoder, self.documents, self.files = encoder, documents, files
+        self.encoder, self.documents, self.store = encoder, documents, store
         self.pruner, self.baselines = pruner, baselines
-        self.listed: dict[int, list[Medium]] = {}  # of this pass
+        self.rank, self.size = rank_and_size()
+        self.listed: dict[int, list[Medium]] = {}
         self.errors: dict[int, str] = {}
-        self.noted = files.documents()  # of an earlier one
 
     def run(self, reread: bool) -> Scores:
-        if not reread:
-            self.listed |= self.noted
-        if self.files.size > 1:
+        noted = gather(self.store.documents())[0]
+        if not reread and self._stillshown(noted):
+            self.listed |= noted
+        if self.size > 1:
             self._list_share()
-        plan, scored = self._encode()
-        return self._result(plan, not any(gather(scored)))
+        found, scored = self._encode()
+        if self.rank == 0 and noted != noted | self.listed:
+            self.store.keep_documents(noted | self.listed)
+        return self._result(found, reused=not any(gather(scored)))
+
+    def _stillshown(self, noted: Mapping[int, list[Medium]]) -> bool:
+        """Whether a few documents show what an earlier pass saw in them: a task's code may be another now."""
+        few = self.documents.numbers[:: max(1, len(self.documents) // PROBES)]
+        opened = [self._open(number) for number in few if number in noted]
+        return all(visuals is not None and _media_of(visuals) == noted[number] for number, visuals, _ in opened)
 
     def _list_share(self) -> None:
         """Open this process's share of the documents, and learn from the others what theirs show."""
-        share = self.documents.numbers[self.files.rank :: self.files.size]
+        share = self.documents.numbers[self.rank :: self.size]
         unknown = [number for number in share if number not in self.listed]
-        for opened in _shown(ahead(self._open, unknown, READERS), unknown, f"reading {self.documents.name}"):
+        for opened in shown(ahead(self._open, unknown, READERS), unknown, f"reading {self.documents.name}"):
             self._note(*opened)
         for listed, errors in gather((self.listed, self.errors)):
             self.listed |= listed
             self.errors |= errors
 
-    def _encode(self) -> tuple[list[str], int]:
-        """Score this process's share of the batches that nobody has scored; the names of all, and how many it were."""
-        size = self.files.size
-        known = [name for name, images in self.files.batches().items() if not any(image.error for image in images)]
-        finished, plan, scored = {name for own in gather(known) for name in own}, [], 0
+    def _encode(self) -> tuple[list[ImageScores], int]:
+        """The scores of all batches in their order, and how many this process had to compute."""
+        mine: dict[int, list[ImageScores]] = {}
+        pending = []
 
-        def pending() -> Iterator[list[tuple[str, int, Visual | None]]]:
+        def unscored() -> Iterator[list[tuple[str, int, Visual | None]]]:
             for index, batch in enumerate(self._batches()):
-                plan.append(_digest(key for key, _, _ in batch))
-                if plan[-1] not in finished and index % size == self.files.rank:
+                if index % self.size != self.rank:
+                    continue
+                known = self.store.batch(_digest(key for key, _, _ in batch))
+                if known is None or any(image.error for image in known):  # what failed is tried again
+                    pending.append(index)
                     yield batch
+                else:
+                    mine[index] = known
 
-        for batch in ahead(self._complete, pending(), READERS if size > 1 else 0):
-            self.files.append(_digest(visual.key for visual in batch), self._score(batch))
+        scored = 0
+        for batch in ahead(self._complete, unscored(), READERS if self.size > 1 else 0):
+            images = mine[pending[scored]] = self._score(batch)
+            self.store.keep_batch(_digest(visual.key for visual in batch), images)
             scored += 1
-        return plan, scored
+        every = {index: images for own in gather(mine) for index, images in own.items()}
+        return [image for index in sorted(every) for image in every[index]], scored
 
-    def _result(self, plan: list[str], reused: bool) -> Scores:
-        """What all processes have scored, in the order of the plan."""
-        finished = {name: images for own in gather(self.files.batches()) for name, images in own.items()}
-        images = [image for name in plan for image in finished[name]]
+    def _result(self, images: list[ImageScores], reused: bool) -> Scores:
+        """The scores of what readable documents show, weighted by how often they do."""
         broken = {image.key: image.error for image in images if image.error}
         errors, asked = {}, Counter()
         for number in self.documents.numbers:
@@ -245,7 +195,7 @@ class _Pass:
             return (number, None, "") if number in self.listed or number in self.errors else self._open(number)
 
         numbers = self.documents.numbers
-        for number, visuals, error in _shown(ahead(look, numbers, READERS), numbers, self.documents.name):
+        for number, visuals, error in shown(ahead(look, numbers, READERS), numbers, self.documents.name):
             if visuals is not None or error:
                 self._note(number, visuals, error)
             media = self.listed.get(number, [])
@@ -258,9 +208,7 @@ class _Pass:
         if visuals is None:
             self.errors[number] = error
             return
-        self.listed[number] = [(visual.key, len(visual.frames)) for visual in visuals]
-        if self.noted.get(number) != self.listed[number]:
-            self.files.note_document(number, self.listed[number])
+        self.listed[number] = _media_of(visuals)
 
     def _complete(self, batch: list[tuple[str, int, Visual | None]]) -> list[Visual]:
         """The visuals of a batch, opened again where only their names are left.
@@ -314,33 +262,9 @@ def _parts(pruner: Pruner, views: Sequence[VisualTokens], per: str) -> Sequence[
     return [joined(views)] if per == "image" and len(views) > 1 and pruner.pools_views else views
 
 
+def _media_of(visuals: Sequence[Visual]) -> list[Medium]:
+    return [(visual.key, len(visual.frames)) for visual in visuals]
+
+
 def _digest(keys: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:24]
-
-
-def _shown(items: Iterable[Item], every: Sequence[Any], what: str) -> Iterable[Item]:
-    """The same items, with a bar on a terminal, and one line elsewhere."""
-    if rank_and_size()[0] or not len(every):
-        return items
-    if not sys.stderr.isatty():
-        print(f"calibration: {what}, {len(every)} documents", file=sys.stderr, flush=True)
-        return items
-    return tqdm(items, f"calibration: {what}", total=len(every), unit="document")
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map` in order, with `threads` working at the next few items while the caller uses a result."""
-    if not threads:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(function, item) for item in itertools.islice(items, 2 * threads))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
+import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
-from rcb_lmms.files import append_jsonl, read_jsonl, unwritable
+from rcb_lmms.files import write_atomic
 
 # An image or video by content key, with its number of frames.
 Medium = tuple[str, int]
@@ -124,109 +123,46 @@ def data_hash(asked: Mapping[str, float]) -> str:
     return hashlib.sha256(json.dumps(sorted(asked.items())).encode()).hexdigest()
 
 
-class PassFiles:
-    """The files of one pass; each process writes its own, so that a kill costs no more than the batch at hand.
+class Store:
+    """The folder of one pass: a file for each finished batch, so that a kill costs no more than the batch at hand.
 
-    `documents-R.jsonl` names the images of each document, `images-R.jsonl` the finished batches, and `scores-R.f32`
-    holds their evidence. Process 0 also reads what processes that no longer exist have left.
-
-    Args:
-        folder: of this pass alone; another program with the same pass is waited for.
-        rank: of this process.
-        size: how many there are.
-
-    Raises:
-        UserError: the folder cannot be written.
+    Files appear whole or not at all, and their names say what they hold: programs with the same pass may share it.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int):
-        self.folder, self.rank, self.size = folder, rank, size
-
-    def __enter__(self) -> PassFiles:
-        path = self.folder / f"scores-{self.rank}.f32"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / f"lock-{self.rank}").open("w")
-            self._wait()
-            self._scores = path.open("ab")
-            self._documents = (self.folder / f"documents-{self.rank}.jsonl").open("a+b")
-        except OSError as error:
-            raise unwritable(path, error) from error
-        self._documents.write(b"\n" if self._documents.tell() else b"")  # ends a line that a kill cut off
-        ends = [row["end"] for row in read_jsonl(self.folder / f"images-{self.rank}.jsonl") if _is_batch(row)]
-        self._scores.truncate(max(ends, default=0) * 4)  # a kill can leave scores that no batch names
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in (self._documents, self._scores, self._lock):
-            with contextlib.suppress(OSError):
-                handle.close()
-
-    def _wait(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another program that runs the same calibration ({self.folder})", file=sys.stderr)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def documents(self) -> dict[int, list[Medium]]:
-        """By number, the images and videos of each document that could be read."""
-        self._documents.flush()
-        found = {}
-        for row in self._rows("documents"):
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                found[row["document"]] = [(str(key), int(frames)) for key, frames in row["media"]]
-        return found
+        """What each document shows, by number, if a pass has come to its end."""
+        try:
+            written = json.loads((self.folder / "documents.json").read_text())
+            return {int(number): [(str(key), int(frames)) for key, frames in media] for number, media in written}
+        except (OSError, ValueError, TypeError):
+            return {}
 
-    def note_document(self, number: int, media: Sequence[Medium]) -> None:
-        """Keep what a document shows; on disk with the next batch."""
-        self._documents.write(json.dumps({"document": number, "media": media}).encode() + b"\n")
+    def keep_documents(self, listed: Mapping[int, Sequence[Medium]]) -> None:
+        """Write down what documents show, so that they need not be opened for another budget."""
+        write_atomic(self.folder / "documents.json", json.dumps(sorted(listed.items())))
 
-    def batches(self) -> dict[str, list[ImageScores]]:
-        """The images of each finished batch, by the batch's name."""
-        found = {}
-        for rank in self._ranks():
-            path = self.folder / f"scores-{rank}.f32"
-            scores = np.fromfile(path, "<f4") if path.exists() else np.empty(0, "<f4")
-            for row in read_jsonl(self.folder / f"images-{rank}.jsonl"):
-                if _is_batch(row) and row["end"] <= len(scores):
-                    found[row["batch"]] = _images(row, scores)
-        return found
+    def batch(self, name: str) -> list[ImageScores] | None:
+        """A finished batch; `None` if there is none, or a damaged one."""
+        try:
+            with np.load(self.folder / f"{name}.npz") as file:
+                written, scores = json.loads(str(file["images"])), file["scores"]
+            sizes = [size for image in written for size in image["evidence"]]
+            parts = iter(np.split(scores, np.cumsum(sizes, dtype=np.int64)[:-1]))
+            return [ImageScores(**{**image, "evidence": [next(parts) for _ in image["evidence"]]}) for image in written]
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+            return None
 
-    def append(self, batch: str, images: Sequence[ImageScores]) -> None:
-        """Keep a finished batch: the scores first, so that a batch that is named is whole.
+    def keep_batch(self, name: str, images: Sequence[ImageScores]) -> None:
+        """Write a finished batch.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the cache cannot be written.
         """
-        try:
-            for image in images:
-                for part in image.evidence:
-                    self._scores.write(part.astype("<f4").tobytes())
-            self._scores.flush()
-            self._documents.flush()
-        except OSError as error:
-            raise unwritable(Path(self._scores.name), error) from error
         rows = [{**vars(image), "evidence": [len(part) for part in image.evidence]} for image in images]
-        row = {"batch": batch, "end": self._scores.seek(0, 2) // 4, "images": rows}
-        append_jsonl(self.folder / f"images-{self.rank}.jsonl", row)
-
-    def _ranks(self) -> list[int]:
-        left = {int(file.stem.split("-")[1]) for file in self.folder.glob("documents-*.jsonl")}
-        return [self.rank, *(sorted(rank for rank in left if rank >= self.size) if self.rank == 0 else [])]
-
-    def _rows(self, kind: str) -> Iterable[dict]:
-        for rank in self._ranks():
-            yield from read_jsonl(self.folder / f"{kind}-{rank}.jsonl")
-
-
-def _is_batch(row: object) -> bool:
-    return isinstance(row, dict) and set(row) == {"batch", "end", "images"}
-
-
-def _images(row: dict, scores: np.ndarray) -> list[ImageScores]:
-    """A batch's images, their evidence cut out of the file's scores."""
-    sizes = [size for image in row["images"] for size in image["evidence"]]
-    ends = row["end"] - sum(sizes) + np.cumsum(sizes, dtype=np.int64)
-    parts = iter([scores[end - size : end] for size, end in zip(sizes, ends, strict=True)])
-    return [ImageScores(**{**image, "evidence": [next(parts) for _ in image["evidence"]]}) for image in row["images"]]
+        scores = [np.empty(0, np.float32), *(part for image in images for part in image.evidence)]
+        content = io.BytesIO()
+        np.savez(content, images=json.dumps(rows), scores=np.concatenate(scores))
+        write_atomic(self.folder / f"{name}.npz", content.getvalue())

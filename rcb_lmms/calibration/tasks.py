@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.calibration.documents import Documents
 from rcb_lmms.calibration.fitting import Calibration, fit, measure, with_parameters
-from rcb_lmms.calibration.passes import BATCH_FRAMES, Documents, score_pass
+from rcb_lmms.calibration.passes import BATCH_FRAMES, score_pass
 from rcb_lmms.calibration.scores import Scores, data_hash, joined
 from rcb_lmms.calibration.targets import CONVENTIONS, Target
 from rcb_lmms.calibration.threshold_file import BenchmarkRecord, Both, Row, ThresholdFile, setting_of

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.calibration.passes import Documents
+from rcb_lmms.calibration.documents import Documents
 from rcb_lmms.engine.processes import gather
 from rcb_lmms.engine.questions import load_turns
 from rcb_lmms.errors import UserError
