@@ -1,0 +1,96 @@
+"""The commands that read finished runs: tables, plots, pictures, caption scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rcb_lmms.cli.options import Preprocess, Pretrained
+
+app = typer.Typer()
+
+
+Results = Annotated[Path, typer.Argument(help="Folder of run folders, such as results or quickstart/runs.")]
+
+
+@app.command()
+def table(
+    results: Results,
+    paper: Annotated[int | None, typer.Option(help="Fill the paper's table 1, 2 or 3.")] = None,
+    figure: Annotated[int | None, typer.Option(help="Fill the paper's figure 9.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written; by default RESULTS.")] = None,
+) -> None:
+    """Make the table of finished runs: accuracy with intervals, achieved tokens, relative performance, speed."""
+    if paper is not None or figure is not None:
+        for key in [f"table-{paper}"] * (paper is not None) + [f"figure-{figure}"] * (figure is not None):
+            paper_table(key, results, out or results)
+        return
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.tables import for_terminal, write_tables
+
+    typer.echo(for_terminal(write_tables(*collect(results), out or results)))
+    typer.echo(f"wrote {(out or results) / 'table.md'}")
+
+
+def paper_table(key: str, results: Path, out: Path) -> None:
+    """Fill one of the paper's tables, print it and what was left out."""
+    from rcb_lmms.report.paper_text import left_out, write_paper_table
+    from rcb_lmms.report.published import layout
+
+    text, excluded = write_paper_table(layout(key), results, out)
+    typer.echo(text)
+    for line in left_out(excluded):
+        typer.echo(f"left out: {line}", err=True)
+    typer.echo(f"wrote {out / key}.md and its other forms")
+
+
+@app.command()
+def plot(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="PNG and SVG file without its ending.")] = None,
+) -> None:
+    """Plot accuracy over retained visual tokens for finished runs."""
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.plots import accuracy_plot
+    from rcb_lmms.report.summary import summary_table
+
+    for file in accuracy_plot(summary_table(collect(results)[0]), out or results / "accuracy"):
+        typer.echo(f"wrote {file}")
+
+
+@app.command()
+def show(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Pretrained = "lab",
+    keep: Annotated[int, typer.Option(help="Retained visual tokens per image.")] = 36,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rcb,prumerge,prumerge_plus,random",
+    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
+    preprocess: Preprocess = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("kept_tokens.png"),
+) -> None:
+    """Draw which visual tokens each method keeps, on the original images."""
+    from rcb_lmms.budget import Budget
+    from rcb_lmms.families import default_codebook, load_family
+    from rcb_lmms.pruners import make_pruner
+    from rcb_lmms.report.pictures import kept_tokens_picture
+
+    family = load_family(model, preprocess=preprocess)
+    own = {"rcb": {"codebook": codebook or default_codebook(family.name, model)}}
+    pruners = {name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")}
+    kept_tokens_picture(family, pruners, [family.open(image).image for image in images], out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def captions(
+    samples: Annotated[list[Path], typer.Argument(help="Samples files (.jsonl) of caption tasks.")],
+) -> None:
+    """Compute CIDEr and SPICE of finished caption runs and write them into their samples and results files."""
+    from rcb_lmms.scoring.rescore import add_scores
+
+    for run in add_scores(samples):
+        for metric, value in sorted(run.scores.items()):
+            typer.echo(f"{metric:<24} {value:.4f}")
+        typer.echo(f"wrote {run.path}" + (f" and {run.results}" if run.results else "; no results file beside it"))

@@ -1,0 +1,86 @@
+"""The commands that run something on this machine, and the one that names what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for records, samples, table and pictures.")] = Path("quickstart"),
+) -> None:
+    """Compare all methods on the laboratory model: one table, one plot, pictures of kept tokens. About five minutes."""
+    from rcb_lmms.quickstart import quickstart as run
+
+    run(out)
+
+
+@app.command()
+def doctor(
+    fetch_spice: Annotated[
+        bool, typer.Option("--fetch-spice", help="Download the two CoreNLP jars that SPICE needs (0.5 GB).")
+    ] = False,
+) -> None:
+    """Check this machine: what is there, what is missing, what that costs and how to mend it."""
+    from rcb_lmms.doctor import main as run
+
+    if fetch_spice:
+        from rcb_lmms.scoring.corenlp import fetch_corenlp
+
+        typer.echo(f"wrote {', '.join(map(str, fetch_corenlp()))}\n")
+    raise typer.Exit(run())
+
+
+@app.command("list")
+def list_entries() -> None:
+    """Models, pruning methods, codebooks, tasks and configurations by name."""
+    import re
+
+    from rcb_lmms.codebook.cards import cards
+    from rcb_lmms.models import ENTRIES
+    from rcb_lmms.pruners import PRUNERS
+    from rcb_lmms.resources import data_dir
+
+    typer.echo("models for lmms_eval --model:")
+    for family, methods in ENTRIES.items():
+        typer.echo("  " + "  ".join(f"{family}_{method}" for method in methods))
+    typer.echo("pruning methods:")
+    for name, method in PRUNERS.items():
+        typer.echo(f"  {name:<28} {method.summary}")
+    typer.echo("codebooks for codebook=:")
+    for card in cards().values():
+        typer.echo(f"  {card.id:<28} {card.model}")
+    typer.echo("tasks for --tasks, beside those of lmms_eval tasks list:")
+    texts = [file.read_text(encoding="utf-8") for file in data_dir("tasks").rglob("*.yaml")]
+    names = {name for text in texts for name in re.findall(r"^(?:task|group):\s*([\w-]+)\s*$", text, re.MULTILINE)}
+    typer.echo("  " + "\n  ".join(sorted(names)))
+    typer.echo("configurations for rcb eval:")
+    for file in sorted(data_dir("eval_configs").glob("*.yaml")):
+        typer.echo(f"  {file.stem}")
+
+
+@app.command("eval")
+def evaluate_configs(
+    configs: Annotated[
+        list[str], typer.Argument(help="lmms-eval configuration files, or their stems in eval_configs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Results folder: OUT/NAME/TASK for each run.")] = Path("results"),
+    limit: Annotated[int | None, typer.Option(help="Only the first samples; in no table.", min=1)] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Another checkpoint; lab scales the budgets.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the files'.", min=1)] = None,
+) -> None:
+    """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
+    from rcb_lmms.evaluate import evaluate
+
+    problems = evaluate(configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size)
+    for problem in problems:
+        typer.echo(f"failed: {problem}", err=True)
+    if problems:
+        typer.echo("the same command runs these again and nothing else", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"next: rcb table {out}, or rcb table {out} --paper 1")
