@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from rcb_lmms.cli import app
 from rcb_lmms.errors import UserError
-from rcb_lmms.families import default_template, load_family
+from rcb_lmms.families import default_split, default_template, load_family
 from rcb_lmms.families.original import convert, open_original
 from rcb_lmms.host import main as lmms_eval
+from rcb_lmms.models.arguments import resolve
 
 
 @pytest.fixture
@@ -191,7 +192,14 @@ def test_originals_with_broken_numbers_are_neither_loaded_nor_converted(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_public_checkpoint_gets_the_papers_system_prompt(checkpoint):
+def test_only_the_public_checkpoint_gets_the_papers_tiles_and_system_prompt(checkpoint):
+    assert default_split("llava_next", "llava-hf/llama3-llava-next-8b-hf")
+    assert not default_split("llava_onevision", "llava-hf/llava-onevision-qwen2-7b-ov-hf@main")
+    assert default_split("llava_onevision", "lab:llava_onevision")
+    onevision = resolve("llava_onevision", "none", {})
+    assert (onevision.loading["split"], onevision.loading["pack"]) == (False, "auto")
+    assert resolve("llava_onevision", "none", {"split": "true"}).loading["pack"] == "spatial_unpad"
+    assert resolve("llava_onevision", "none", {"pretrained": "lab"}).loading["split"]
     assert default_template("llava", "llava-hf/llava-1.5-7b-hf@main") == "vicuna"
     assert default_template("llava_next", "llava-hf/llama3-llava-next-8b-hf") == "llama_3"
     assert default_template("llava_onevision", "llava-hf/llava-onevision-qwen2-7b-ov-hf") == "qwen"

@@ -36,6 +36,7 @@ class Family(ABC):
         geometry: preset -> where a base view lies on the image: `centre_crop`, `padded_square` or `stretched`.
         paper_template: name of the chat template of the paper's numbers; `checkpoint`, the checkpoint's own, is the
             other choice.
+        paper_split: whether the paper cuts single images into tiles; of use where `split` is an option.
         provides: optional fields of `VisualTokens` its tower can fill in.
         options: keyword arguments of the class that only this family has; they are model_args of its entries.
         several: role of each image when a prompt has more than one.
@@ -52,6 +53,7 @@ class Family(ABC):
     preprocessing: ClassVar[tuple[str, ...]]
     geometry: ClassVar[dict[str, str]]
     paper_template: ClassVar[str]
+    paper_split: ClassVar[bool] = True
     provides: ClassVar[frozenset[str]]
     options: ClassVar[tuple[str, ...]] = ()
     several: ClassVar[str] = "image"

@@ -37,6 +37,7 @@ class LlavaOnevision(TiledFamily):
     preprocessing = ("rcb", "native")
     geometry: ClassVar[dict[str, str]] = {"rcb": "stretched", "native": "padded_square"}
     paper_template = "qwen"
+    paper_split = False
     provides = PATCHES
     several = "base"
     single_repeats = 27

@@ -11,7 +11,7 @@ from rcb_lmms.families.base import Family
 from rcb_lmms.families.devices import check_attention, check_device
 from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, find_original, load_original
-from rcb_lmms.families.registry import FAMILIES, default_template, family_class
+from rcb_lmms.families.registry import FAMILIES, default_split, default_template, family_class
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.families.weights import DTYPES, check_finite, check_report, told
 
@@ -64,6 +64,8 @@ def load_family(
     check_attention(attn_implementation)
     chosen, original = _recognise(place, family)
     _check_options(chosen, own)
+    if "split" in chosen.options:
+        own = {"split": default_split(chosen.name, pretrained), **own}
     reader = VideoReader(video_backend, max_frames_num)
     loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
     if original:

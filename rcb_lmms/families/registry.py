@@ -32,5 +32,16 @@ def default_template(family: str, pretrained: str) -> str:
     The public checkpoint's own template leaves out the system prompt under which the paper's numbers were made, so it
     gets the paper's. Every other checkpoint keeps what it was made with.
     """
-    own = family_class(family)
-    return own.paper_template if pretrained.partition("@")[0] == own.checkpoint else "checkpoint"
+    return family_class(family).paper_template if _is_public(family, pretrained) else "checkpoint"
+
+
+def default_split(family: str, pretrained: str) -> bool:
+    """Whether a checkpoint of a family with tiles cuts images into them when nothing is said.
+
+    In the paper, OneVision sees every image in its base view, the only one of a question too: so the public checkpoint.
+    """
+    return family_class(family).paper_split or not _is_public(family, pretrained)
+
+
+def _is_public(family: str, pretrained: str) -> bool:
+    return pretrained.partition("@")[0] == family_class(family).checkpoint

@@ -11,7 +11,7 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Target, ThresholdFile
 from rcb_lmms.calibration.fitting import check_least
 from rcb_lmms.errors import UserError, choose
-from rcb_lmms.families import Family, default_codebook, family_class
+from rcb_lmms.families import Family, default_codebook, default_split, family_class
 from rcb_lmms.families.tiles import PACKINGS
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
@@ -139,7 +139,7 @@ def _loading(family: str, method: str, arguments: dict[str, Any]) -> dict[str, A
     loading["family"] = family
     loading["max_frames_num"] = _whole("max_frames_num", loading.get("max_frames_num", VideoReader.max_frames))
     if "split" in own.options:
-        loading["split"] = _flag("split", loading.get("split", True))
+        loading["split"] = _flag("split", loading.get("split", default_split(family, str(loading["pretrained"]))))
     if "pack" in own.options:
         loading["pack"] = _packing(method, loading["split"], str(loading.get("pack", "auto")))
     return loading
