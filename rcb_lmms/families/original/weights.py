@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.original.layout import Original, Source
+from rcb_lmms.families.weights import COMPUTED, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,7 @@ def _outer_tower(original: Original) -> list[Stored]:
 
 def _dropped(target: str, model: Any) -> bool:
     """What the original code computes, deletes or ties itself."""
-    if target.endswith(("rotary_emb.inv_freq", "position_ids")):
+    if target.endswith(COMPUTED):
         return True
     if target == "lm_head.weight":
         return model.config.tie_word_embeddings
@@ -94,10 +95,9 @@ def _dropped(target: str, model: Any) -> bool:
 
 def _refuse(original: Original, wanted: str, what: str, names: set[str]) -> None:
     if names:
-        listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         raise original.refused(
             wanted,
-            f"{len(names)} {what}: {listed}",
+            listed(sorted(names), what),
             "exactly the weights of the original code, in all shards of the index",
             next_step="complete the download, or use the checkpoint's Hugging Face conversion",
         )
