@@ -150,8 +150,7 @@ class RCB(Pruner):
         import numpy as np
 
         parts = np.array([len(view) for view in evidence])
-        scores = np.concatenate([np.asarray(view, dtype=np.float32) for view in evidence])
-        scores = always_kept(scores, parts, self.min_keep)
+        scores = np.concatenate([always_kept(view, self.min_keep) for view in evidence])
         positions = np.concatenate([np.arange(len(view), dtype=np.int32) for view in evidence])
         shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         steps = np.repeat(shares, parts)
@@ -194,15 +193,13 @@ def check_target(target: float, native: float, over: str) -> None:
         )
 
 
-def always_kept(scores: np.ndarray, parts: np.ndarray, count: int) -> np.ndarray:
-    """Scores `(t,)` of which the `count` least of each part, by score, then position, are lowered to `ALWAYS`.
+def always_kept(scores: Any, count: int) -> np.ndarray:
+    """Scores of a view `(n,)` of which the `count` least, by score, then position, are lowered to `ALWAYS`.
 
     They are what `min_keep` keeps under every threshold; lowered, a cut counts them like all others.
     """
     import numpy as np
 
-    starts = np.cumsum(parts) - parts
-    order = np.lexsort((scores, np.repeat(np.arange(len(parts)), parts)))  # stable: equal scores by position
     lowered = np.array(scores, dtype=np.float32)
-    lowered[order[np.arange(len(scores)) - np.repeat(starts, parts) < count]] = ALWAYS
+    lowered[lowered.argsort(kind="stable")[:count]] = ALWAYS
     return lowered
