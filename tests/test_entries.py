@@ -491,7 +491,7 @@ def test_a_calibration_is_not_taken_over_by_another_setting(entry, documents, mo
 
     assert [cached(), cached()] == [False, True]
     assert not any(cached(**other) for other in ({"per": "image"}, {"split": False}, {"max_frames_num": 3}))
-    monkeypatch.setattr(passes, "RULE", 0)
+    monkeypatch.setattr(passes, "sources_hash", lambda: "changed")
     assert not cached()
 
 

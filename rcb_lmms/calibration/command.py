@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.calibration.fitting import QUANTILES, Calibration
 from rcb_lmms.calibration.targets import CONVENTIONS, Target, parse_targets
 from rcb_lmms.calibration.tasks import Tasks, calibrate_images, calibrate_tasks, check_tower
+from rcb_lmms.engine.processes import rank_and_size
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import family_of
 from rcb_lmms.files import write_atomic
@@ -61,7 +62,7 @@ def over_tasks(
     targets = targets_of(keep, match, "prumerge")
     check_tower(family_of(pretrained), targets)
     path, file = calibrate_tasks(pretrained, benchmarks(), targets, out=out, **options)
-    if file.benchmarks:  # on the first process
+    if rank_and_size()[0] == 0:
         yield for_many(file)
         yield f"wrote {path}"
         task = next(iter(next(iter(file.benchmarks.values())).tasks))

@@ -21,7 +21,7 @@ from rcb_lmms.engine.processes import gather, rank_and_size
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families.images import Visual, whole_images_only
 from rcb_lmms.pruners.views import joined
-from rcb_lmms.resources import cache_dir
+from rcb_lmms.resources import cache_dir, sources_hash
 
 if TYPE_CHECKING:
     from rcb_lmms.engine.encoding import ImageEncoder
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 BATCH_FRAMES = 8
 PROBES = 8  # documents that are opened again before what is known of all of them is believed
-# Raised when a pass computes something else than before: what was kept under another rule is not used.
-RULE = 4
 
 
 def score_pass(
@@ -54,7 +52,7 @@ def score_pass(
         UserError: nothing can be read.
     """
     key = {
-        "rule": RULE,
+        "code": sources_hash(),
         "task": documents.name,
         "data": gather(documents.data)[0],
         "frames": BATCH_FRAMES,

@@ -60,7 +60,7 @@ def calibrate_tasks(
         loading: further arguments of `load_family`.
 
     Returns:
-        The file, and what was written to it (on the first process).
+        The file, and what the first process wrote to it.
 
     Raises:
         UserError: an unknown option, a missing codebook, documents that cannot be read, a budget that the images cannot
@@ -82,12 +82,11 @@ def calibrate_tasks(
     out, fitted_to = out or default_out(pretrained), {}
     for name, tasks in benchmarks.items():
         scores = {task: _scored(encoder, method, targets, own, allow_unreadable) for task, own in tasks.items()}
+        file.benchmarks[name], fitted_to[name] = benchmark_record(method, scores, targets, family.layers, holdout)
         if rank == 0:
-            record, fitted_to[name] = benchmark_record(method, scores, targets, family.layers, holdout)
-            file.benchmarks[name] = record
             file.write(out)
+    file.everywhere = match_globally(method, fitted_to, targets, family.layers)
     if rank == 0:
-        file.everywhere = match_globally(method, fitted_to, targets, family.layers)
         file.write(out)
     return out, file
 

@@ -39,7 +39,7 @@ class Row(_Record):
     ties: Annotated[StrictInt, Field(ge=0, le=Budget.ALL_TIES)]
     achieved: Tokens
     std: Tokens
-    quantiles: dict[int, Tokens]
+    quantiles: Annotated[dict[int, Tokens], Field(min_length=len(QUANTILES), max_length=len(QUANTILES))]
     held_out: dict[str, FiniteFloat] | None = None
     by_benchmark: dict[str, Tokens] | None = None
 
