@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rcb_lmms.errors import BudgetError, UserError
 
@@ -24,28 +25,35 @@ class Budget:
     value: float | None = None
     ties: int = 0
 
-    ALL_TIES = 2**31 - 1
+    ALL_TIES: ClassVar[int] = 2**31 - 1
+    # Smaller shares leave nothing of a million tokens, more than any image or video has.
+    LEAST_SHARE: ClassVar[float] = 1e-6
 
     @classmethod
     def tokens(cls, count: int) -> Budget:
         """Exactly `count` visual tokens per view."""
-        if count != int(count) or count < 1:
-            raise _bad("a number of retained tokens", count, "whole numbers from 1", "keep=64")
+        number = _finite(count)
+        if number is None or number % 1 or not 1 <= number <= cls.ALL_TIES:
+            raise _bad("a number of retained tokens", count, f"whole numbers from 1 to {cls.ALL_TIES}", "keep=64")
         return cls("tokens", int(count))
 
     @classmethod
     def ratio(cls, share: float) -> Budget:
         """The share `share` of a view's native tokens, rounded once (half to even, as the released code)."""
-        if not 0 < share <= 1:
-            raise _bad("a share of retained tokens", share, "numbers above 0, up to 1", "ratio=0.25")
+        number = _finite(share)
+        if number is None or not cls.LEAST_SHARE <= number <= 1:
+            raise _bad("a share of retained tokens", share, f"numbers from {cls.LEAST_SHARE:g} to 1", "ratio=0.25")
         return cls("ratio", float(share))
 
     @classmethod
     def threshold(cls, cosine: float, ties: int = 0) -> Budget:
         """Every token whose largest cosine to a prototype is under `cosine`: a different count for each image."""
-        if not -1 <= cosine <= 1:
+        number, place = _finite(cosine), _finite(ties)
+        if place is None or place % 1 or not 0 <= place <= cls.ALL_TIES:
+            raise _bad("positions at which a tie stays", ties, f"whole numbers from 0 to {cls.ALL_TIES}", "ties=0")
+        if number is None or not -1 <= number <= 1:
             raise _bad("a cosine threshold", cosine, "numbers from -1 to 1", "threshold=0.45")
-        return cls("threshold", float(cosine), ties)
+        return cls("threshold", float(cosine), int(ties))
 
     @classmethod
     def adaptive(cls) -> Budget:
@@ -119,5 +127,14 @@ def rank_for_layer_average(target: float, native: float, layer: int, layers: int
     return round(rank)
 
 
+def _finite(value: object) -> float | None:
+    """The value as a number; `None` for what is none, for truth values and for what no float can hold."""
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _bad(wanted: str, found: object, allowed: str, next_step: str) -> BudgetError:
-    return BudgetError(wanted=wanted, found=str(found), allowed=allowed, next_step=next_step)
+    return BudgetError(wanted=wanted, found=str(found)[:80], allowed=allowed, next_step=next_step)

@@ -39,22 +39,31 @@ def test_count_refuses(budget, native, text):
         budget.count(native)
 
 
-@pytest.mark.parametrize("count", [0, -1, 0.5, 64.5])
+NO_NUMBERS = [float("nan"), float("inf"), 1e400, -float("inf"), True, False, "64", "nan", None, [36], 10**400]
+
+
+@pytest.mark.parametrize("count", [0, -1, 0.5, 64.5, 1e300, *NO_NUMBERS])
 def test_tokens_are_whole_and_positive(count):
     with pytest.raises(UserError, match="whole numbers"):
         Budget.tokens(count)
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, 1e-9, *NO_NUMBERS])
 def test_ratio_is_a_share(share):
-    with pytest.raises(UserError, match="above 0, up to 1"):
+    with pytest.raises(UserError, match="from 1e-06 to 1"):
         Budget.ratio(share)
 
 
-@pytest.mark.parametrize("cosine", [-1.1, 1.5, float("nan")])
+@pytest.mark.parametrize("cosine", [-1.1, 1.5, *NO_NUMBERS])
 def test_threshold_is_a_cosine(cosine):
     with pytest.raises(UserError, match="-1 to 1"):
         Budget.threshold(cosine)
+
+
+@pytest.mark.parametrize("ties", [-5, 1.5, 2**31, *NO_NUMBERS])
+def test_ties_are_a_position(ties):
+    with pytest.raises(UserError, match="from 0 to"):
+        Budget.threshold(0.5, ties)
 
 
 def test_names():

@@ -104,6 +104,9 @@ BROKEN = {
     "indices that repeat": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([0, 1, 1, 2])),
     "not ascending": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([3, 2, 1, 0])),
     "scores that are not finite": lambda view: replace(first_tokens(view, 4), scores=torch.full((24,), torch.inf)),
+    "that are not finite": lambda view: replace(
+        first_tokens(view, 4), scores=torch.full((24,), 1e308, dtype=torch.float64)
+    ),
     "kept of shape": lambda view: replace(first_tokens(view, 4), kept=torch.tensor([0.0, 1, 2, 3])),
     "scores of shape": lambda view: replace(first_tokens(view, 4), scores=torch.zeros(3)),
     "merged tokens": lambda view: replace(first_tokens(view, 4), features=torch.zeros(4, ENCODER)),
@@ -496,8 +499,26 @@ def test_rcb_refuses_foreign_or_missing_codebooks():
     for option in ("variant", "score_dtype", "tie_mode"):
         with pytest.raises(UserError, match="nonsense"):
             make("rcb", Budget.tokens(5), **{option: "nonsense"})
-    with pytest.raises(UserError, match="0 or more"):
-        make("rcb", Budget.tokens(5), min_keep=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "double_softmax"}])
+def test_rcb_refuses_a_floor_above_its_count(options):
+    """144 tokens stayed where 64 were asked for."""
+    with pytest.raises(BudgetError, match="min_keep=1000"):
+        make("rcb", Budget.tokens(5), min_keep=1000, **options)
+    with pytest.raises(BudgetError, match="a floor of at most 6"):
+        make("rcb", Budget.ratio(0.25), min_keep=7, **options).choose(make_view())
+    assert len(make("rcb", Budget.tokens(5), min_keep=5, **options).choose(make_view())) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "least"),
+    [("rcb", "min_keep", 0), ("prumerge", "neighbours", 1), ("fastv", "layer", 1), ("random", "seed", 0)],
+)
+def test_whole_numbers_are_whole_numbers(name, option, least):
+    for value in ("abc", "3", 2.5, 2.0, float("nan"), True, None, [2], least - 1):
+        with pytest.raises(UserError, match=f"a whole number, {least} or more"):
+            make(name, Budget.tokens(5), **{option: value})
 
 
 def brute_force_fit(evidence, weights, target, min_keep=0):
@@ -564,6 +585,9 @@ def test_rcb_fit_refuses_targets_out_of_reach():
         make("rcb").fit(scores, [1, 3], 18)
     with pytest.raises(UserError, match="positive"):
         make("rcb").fit(scores, [1, 3], 0)
+    # One token of every fourth question is a mean of 0.25, and 0.1 is nearer to none.
+    with pytest.raises(UserError, match=r"means from 0\.25"):
+        make("rcb", min_keep=0).fit(scores, [1, 3], 0.1)
     assert make("rcb").fit(scores, [1, 3], 17.5).budget == Budget.threshold(1.0, ties=20)
 
 
@@ -699,9 +723,9 @@ def test_prumerge_refusals():
             make(name, Budget.tokens(1)).choose(make_view())
         with pytest.raises(UserError, match="ascending, official"):
             make(name, order="raster")
-        for option in ({"scale": -1}, {"scale": float("nan")}, {"neighbours": 0}):
-            with pytest.raises(UserError, match="or more"):
-                make(name, **option)
+        for scale in (-1, float("nan"), float("inf"), "abc", True):
+            with pytest.raises(UserError, match="a number, 0 or more"):
+                make(name, scale=scale)
 
 
 def test_prumerge_fit_equals_brute_force_over_scales():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,26 @@ def check_budget(pruner: Pruner, *kinds: str | None) -> None:
         )
 
 
-def check_minimum(what: str, found: float, least: float) -> None:
-    """Refuse a hyper-parameter below its least sensible value.
+def check_minimum(what: str, found: object, least: float) -> None:
+    """Refuse a hyper-parameter that is no number, or below its least sensible value.
 
     Raises:
         UserError: naming that value.
     """
-    if not found >= least:
-        raise UserError(wanted=what, found=str(found), allowed=f"{least} or more", next_step=f"use {least}")
+    number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    if not number or not least <= found < math.inf:
+        raise UserError(
+            wanted=what, found=str(found), allowed=f"a number, {least} or more", next_step=f"for example {least}"
+        )
+
+
+def check_whole(what: str, found: object, least: int) -> None:
+    """Refuse a hyper-parameter that is no whole number, or below its least sensible value.
+
+    Raises:
+        UserError: naming that value.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < least:
+        raise UserError(
+            wanted=what, found=str(found), allowed=f"a whole number, {least} or more", next_step=f"for example {least}"
+        )

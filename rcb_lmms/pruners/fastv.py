@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from rcb_lmms.budget import rank_for_layer_average
 from rcb_lmms.pruners.base import LayerStep, Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
+from rcb_lmms.pruners.checks import check_budget, check_choice, check_whole
 from rcb_lmms.pruners.none import keep_all
 
 
@@ -37,7 +37,7 @@ class FastV(Pruner):
 
     def __post_init__(self) -> None:
         check_budget(self, "tokens", "ratio")
-        check_minimum("fastv's number of full layers", self.layer, 1)
+        check_whole("fastv's number of full layers", self.layer, 1)
         check_choice("fastv's mode", self.mode, ("drop", "mask"))
         check_choice("fastv's way of counting tokens", self.convention, ("rank", "layer_average"))
 

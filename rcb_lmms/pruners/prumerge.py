@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
+from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class PruMerge(Pruner):
     def __post_init__(self) -> None:
         check_budget(self, *self.budgets, None)
         check_minimum(f"{self.name}'s centres per outlier", self.scale, 0)
-        check_minimum(f"{self.name}'s neighbours per centre", self.neighbours, 1)
+        check_whole(f"{self.name}'s neighbours per centre", self.neighbours, 1)
         check_choice(f"{self.name}'s order of tokens", self.order, ("ascending", "official"))
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rcb_lmms.pruners.base import Pruner, VisualTokens
-from rcb_lmms.pruners.checks import check_budget
+from rcb_lmms.pruners.checks import check_budget, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ class RandomPruning(Pruner):
 
     def __post_init__(self) -> None:
         check_budget(self, "tokens", "ratio")
+        check_whole("random's seed", self.seed, 0)
 
     def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
         """Score every token by a draw with its sign turned, `(n,)` float32: the smallest draws stay."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.codebook.artefact import Codebook, unit_rows
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_choice, check_minimum
+from rcb_lmms.pruners.checks import check_budget, check_choice, check_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,9 @@ class RCB(Pruner):
         check_choice("an rcb variant", self.variant, ("max_cosine", "double_softmax"))
         check_choice("a score dtype", self.score_dtype, ("float32", "float16", "bfloat16"))
         check_choice("a tie mode", self.tie_mode, ("exact", "official"))
-        check_minimum("a least number of retained tokens", self.min_keep, 0)
+        check_whole("a least number of retained tokens", self.min_keep, 0)
+        if self.budget is not None and self.budget.kind == "tokens":
+            self._check_floor(int(self.budget.value))
         if self.codebook is None:
             raise UserError(
                 wanted="a redundancy codebook",
@@ -145,7 +147,8 @@ class RCB(Pruner):
             target: mean number of retained tokens per view.
 
         Raises:
-            UserError: a target that is not positive, or above the mean number of native tokens.
+            UserError: a target that is not positive, above the mean number of native tokens, or nearer to none than to
+                one token of all views.
         """
         import numpy as np
 
@@ -159,6 +162,13 @@ class RCB(Pruner):
         kept = np.cumsum(steps[order])
         scores, positions = scores[order], positions[order]
         ends = np.append(np.flatnonzero((np.diff(scores) != 0) | (np.diff(positions) != 0)), len(order) - 1)
+        if target < kept[ends[0]] / 2:
+            raise UserError(
+                wanted=f"a mean of {target:g} retained tokens per view",
+                found=f"{len(evidence)} views, of which one token alone is a mean of {kept[ends[0]]:.3g}",
+                allowed=f"means from {kept[ends[0]]:.3g}",
+                next_step="raise the budget",
+            )
         cut = ends[np.argmin(np.abs(kept[ends] - target))]
         return replace(self, budget=Budget.threshold(float(scores[cut]), ties=int(positions[cut]) + 1))
 
@@ -173,9 +183,24 @@ class RCB(Pruner):
                 ties = Budget.ALL_TIES
             return int((redundancy < limit).sum() + (redundancy[:ties] == limit).sum())
         count = self.budget.count(len(redundancy))
+        self._check_floor(count)
         if self.tie_mode == "official" and self.variant == "double_softmax" and count < len(redundancy):
             return int((redundancy < redundancy.sort().values[count]).sum())
         return count
+
+    def _check_floor(self, count: int) -> None:
+        """Refuse a floor above an exact count: it would replace the budget.
+
+        Raises:
+            BudgetError: naming both.
+        """
+        if self.min_keep > count:
+            raise BudgetError(
+                wanted=f"{count} retained tokens ({self.budget})",
+                found=f"min_keep={self.min_keep}, which stay of every view whatever the budget",
+                allowed=f"a floor of at most {count}",
+                next_step=f"min_keep={count}, or a larger budget",
+            )
 
 
 def check_target(target: float, native: float, over: str) -> None:
