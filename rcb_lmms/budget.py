@@ -60,8 +60,11 @@ class Budget:
         """As many as the method itself decides (PruMerge's outliers)."""
         return cls("adaptive")
 
-    def count(self, native: int, shares: int = 1) -> int:
+    def count(self, native: int, shares: int = 1, *, rounds_dropped: bool = False) -> int:
         """Tokens that stay of `native`, among which a number of tokens may be spent `shares` times.
+
+        A ratio is rounded half to even, as the released code does: what stays or, with `rounds_dropped`, what is
+        dropped (the released softmax variants of RCB), which differs at exact halves: 364 or 365 of 729.
 
         Raises:
             UserError: the budget exceeds `native`, rounds to nothing, or is no count at all.
@@ -69,7 +72,8 @@ class Budget:
         if self.kind == "tokens":
             count = int(self.value) * shares
         elif self.kind == "ratio":
-            count = round(native * self.value)
+            share = self.value
+            count = native - round(native * (1 - share)) if rounds_dropped else round(native * share)
         else:
             raise _bad("a fixed number of retained tokens", self, "a count or a ratio", "keep=64 or ratio=0.25")
         if not 1 <= count <= native:

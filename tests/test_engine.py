@@ -4,8 +4,10 @@ import torch
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.cost import DecoderShape, codebook_flops
+from rcb_lmms.engine import prune_at_layer
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.generation import generate, last_logits, out_of_memory
+from rcb_lmms.engine.generation import end_tokens, generate, last_logits, out_of_memory
+from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, content_key
 from rcb_lmms.pruners import PRUNERS, make_pruner
 
@@ -143,3 +145,45 @@ def test_costs_of_the_full_size_models():
     assert round(full / 1e9, 1) == 99.3
     assert round((2 * full + 30 * half) / 32 / 1e9, 1) == 54.8
     assert vicuna.prefill_flops(612, 2, 324) == 2 * vicuna.layer_flops(612) + 30 * vicuna.layer_flops(324)
+
+
+@torch.inference_mode()
+def test_fastv_prunes_anew_at_every_token_as_released_or_once(family):
+    """Against a loop that runs the whole sequence for each token, with the eager row of attention and a mask."""
+    model, layer, keep = family.model, 2, 3
+    prompts = prompts_of(family, [16, 12])
+    options = OPTIONS
+
+    def literal(prompt):
+        embeds, found = prompt.embeds[None], []
+        ((start, stop),) = prompt.spans
+        for _ in range(6):
+            model.set_attn_implementation("eager")
+            rows = model(inputs_embeds=embeds, output_attentions=True, use_cache=False).attentions[layer - 1]
+            model.set_attn_implementation("sdpa")
+            row = rows[0, :, -1, start:stop].mean(0)
+            stays = {start + index for index in row.topk(keep).indices.tolist()}
+            found.append(stays)
+            spans = [[(place, place + 1) for place in range(start, stop) if place not in stays]]
+            with prune_at_layer(model, layer=layer, keep=0, spans=spans, mode="mask"):
+                token = model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
+            yield int(token), found
+            if int(token) in end_tokens(family):
+                return
+            embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], 1)
+
+    official = make_pruner("fastv", budget=Budget.tokens(keep))
+    together = generate(family, prompts, options, official)
+    changed = set()
+    for index, prompt in enumerate(prompts):
+        tokens, kept = zip(*literal(prompt), strict=True)
+        assert together.texts[index] == family.tokenizer.decode(tokens, skip_special_tokens=True)
+        start = prompt.spans[0][0]
+        assert [start + place for place in together.layer_kept[index].tolist()] == sorted(kept[0][0])
+        changed.update(map(frozenset, kept[-1]))
+    assert len(changed) > len(prompts)  # some token did prune anew
+    once = generate(family, prompts, options, make_pruner("fastv", budget=Budget.tokens(keep), preset="paper"))
+    assert [texts[:1] for texts in once.texts] == [texts[:1] for texts in together.texts]
+    assert all(map(torch.equal, once.layer_kept, together.layer_kept))
+    with pytest.raises(UserError, match="preset=paper"):
+        generate(family, prompts, {**options, "num_beams": 2}, official)

@@ -838,3 +838,30 @@ def test_budgets_of_the_paper_as_smaller_views():
     for count, views, words in ((2, 3, "3 views of it"), (17, 1, "1 to 16"), (51, 3, "1 to 16")):
         with pytest.raises(UserError, match=words):
             make("downsample", Budget.tokens(count)).grid((4, 4), views)
+
+
+@pytest.mark.parametrize("native", [24, 144, 196, 729])
+def test_double_softmax_keeps_what_the_released_rounding_of_the_dropped_share_leaves(native):
+    view, codebook = make_view(native), make_codebook(7)
+    for share in (0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0):
+        pruner = make("rcb", Budget.ratio(share), codebook=codebook, variant="double_softmax")
+        cosines = np.asarray(view.features, dtype=np.float64)
+        rows = codebook.prototypes.numpy().astype(np.float64)
+        cosines = cosines @ rows.T / np.linalg.norm(cosines, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+        powers = np.exp(cosines)
+        redundancy = (powers / powers.sum(0) * (powers / powers.sum(1)[:, None])).max(1)
+        dropped = round(native * (1 - share))
+        # As released: the tokens strictly below the last one that goes.
+        expected = np.flatnonzero(redundancy < np.sort(redundancy)[-dropped]) if dropped else np.arange(native)
+        assert pruner.choose(view).kept.tolist() == expected.tolist()
+    half = make("rcb", Budget.ratio(0.5), codebook=codebook, variant="double_softmax")
+    assert len(half.choose(make_view(729))) == 365
+
+
+def test_random_draws_what_the_released_code_draws():
+    views = [make_view(seed=seed) for seed in range(3)]
+    pruner = make("random", Budget.tokens(7), draws="released")
+    torch.manual_seed(1234)
+    kept = [pruner.choose(view).kept.tolist() for view in views]
+    torch.manual_seed(1234)
+    assert kept == [torch.rand(24).argsort()[:7].sort().values.tolist() for _ in views]

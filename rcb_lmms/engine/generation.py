@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.layer_pruning import LayerPruning, prune_at_layer
+from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.packed import Prompt
 
@@ -104,17 +105,17 @@ def generate(
             pruning = stack.enter_context(
                 prune_at_layer(family.model, layer=layer, keep=keep, spans=spans, mode=pruner.mode)
             )
-        ids = family.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            pad_token_id=family.tokenizer.pad_token_id or family.tokenizer.eos_token_id,
-            logits_processor=[watch],
-            **options,
-        )
+        pad = family.tokenizer.pad_token_id or family.tokenizer.eos_token_id
+        fixed = {"pad_token_id": pad, "logits_processor": [watch]}
+        if pruning is not None and pruner.reprunes:
+            ids, first_kept = _generate_anew(family, embeds, mask, options, fixed, pruning)
+        else:
+            ids = family.model.generate(inputs_embeds=embeds, attention_mask=mask, **fixed, **options)
+            first_kept = pruning.kept if pruning is not None else None
     kept = [None] * len(prompts)
     if pruning is not None:
         kept = [
-            among_visual(prompt, own - start) for prompt, own, start in zip(prompts, pruning.kept, starts, strict=True)
+            among_visual(prompt, own - start) for prompt, own, start in zip(prompts, first_kept, starts, strict=True)
         ]
     return Generated(
         family.tokenizer.batch_decode(ids, skip_special_tokens=True),
@@ -123,6 +124,46 @@ def generate(
         steps,
         kept,
     )
+
+
+def _generate_anew(
+    family: Family, embeds: Tensor, mask: Tensor, options: dict[str, Any], fixed: dict[str, Any], pruning: LayerPruning
+) -> tuple[Tensor, list[Tensor]]:
+    """Generated ids `(b, t)` where every token is decoded by a prefill of its own, and what the first one kept.
+
+    Raises:
+        UserError: beams, which would each prune a prompt of their own.
+    """
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    if options.get("num_beams", 1) > 1:
+        raise UserError(
+            wanted=f"num_beams={options['num_beams']} with a method that prunes anew at every token",
+            found="beams, which the released code does not have",
+            allowed="num_beams=1, or preset=paper, which prunes once",
+            next_step="preset=paper",
+        )
+    penalty = RepetitionPenaltyLogitsProcessor(float(options.get("repetition_penalty", 1.0)))
+    ends = torch.tensor(sorted(end_tokens(family)), device=embeds.device)
+    pad = fixed["pad_token_id"]
+    ids = torch.empty(len(embeds), 0, dtype=torch.long, device=embeds.device)
+    done = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
+    first_kept: list[Tensor] = []
+    one = {**options, "max_new_tokens": 1, "repetition_penalty": 1.0}
+    for _ in range(options["max_new_tokens"]):
+        before = ids
+        own = [*fixed["logits_processor"], lambda _, scores, before=before: penalty(before, scores)]
+        step = {**fixed, "logits_processor": own if before.shape[1] else fixed["logits_processor"]}
+        new = family.model.generate(inputs_embeds=embeds, attention_mask=mask, **step, **one)[:, -1:]
+        first_kept = first_kept or pruning.kept
+        new = torch.where(done[:, None], pad, new)
+        ids, done = torch.cat([ids, new], 1), done | torch.isin(new[:, 0], ends)
+        if bool(done.all()):
+            break
+        embeds = torch.cat([embeds, family.model.get_input_embeddings()(new).to(embeds)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids, first_kept
 
 
 class _Finite:
@@ -159,9 +200,14 @@ def shares(prompt: Prompt, per: str) -> int:
     return prompt.views if per == "view" else prompt.visuals
 
 
-def _length(ids: list[int], family: Family) -> int:
+def end_tokens(family: Family) -> set[int]:
+    """Ids that end an answer."""
     ends = family.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def _length(ids: list[int], family: Family) -> int:
+    ends = end_tokens(family)
     return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
 
 

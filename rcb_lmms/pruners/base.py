@@ -102,6 +102,7 @@ class Pruner(ABC):
         sees_question: whether the choice depends on the question; if not, an image's kept tokens serve all of them.
         rewrites: whether `Selection.features` holds merged tokens.
         ascending: whether kept tokens come in raster order.
+        reprunes: of a layer method, whether every decoded token prunes the prompt anew.
         least: tokens that it leaves of a view at least.
         official_options: by family, options of the released code that differ from the class's defaults.
     """
@@ -120,6 +121,7 @@ class Pruner(ABC):
     sees_question: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
     ascending: ClassVar[bool] = True
+    reprunes: ClassVar[bool] = False
     least: ClassVar[int] = 1
     official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -22,11 +22,15 @@ class FastV(Pruner):
             gives the same answers at full cost.
         convention: `rank` counts the tokens left after pruning, as the papers do; `layer_average` counts tokens per
             layer over the whole decoder, the `layer` full ones included.
+        preset: `official` prunes anew at every decoded token, by the attention of the newest one, as the released code
+            does (it runs without a cache); `paper` prunes once, at the prefill, and decodes with the cache. The first
+            decoded token is the same.
     """
 
     layer: int = 2
     mode: str = "drop"
     convention: str = "rank"
+    preset: str = "official"
 
     name: ClassVar[str] = "fastv"
     label: ClassVar[str] = "FastV"
@@ -40,6 +44,11 @@ class FastV(Pruner):
         check_whole("fastv's number of full layers", self.layer, 1)
         check_choice("fastv's mode", self.mode, ("drop", "mask"))
         check_choice("fastv's way of counting tokens", self.convention, ("rank", "layer_average"))
+
+    @property
+    def reprunes(self) -> bool:
+        """Whether every decoded token prunes the prompt anew."""
+        return self.preset == "official"
 
     def select(self, view: VisualTokens, question: str | None = None) -> Selection:
         """Every token, since nothing is known before the decoder has run; every score is 0."""

@@ -182,7 +182,7 @@ class RCB(Pruner):
             if self.preset != "official" and ties == 0:
                 ties = Budget.ALL_TIES
             return int((redundancy < limit).sum() + (redundancy[:ties] == limit).sum())
-        count = self.budget.count(len(redundancy))
+        count = self.budget.count(len(redundancy), rounds_dropped=self.variant == "double_softmax")
         self._check_floor(count)
         if self.tie_mode == "official" and self.variant == "double_softmax" and count < len(redundancy):
             return int((redundancy < redundancy.sort().values[count]).sum())
