@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Checked = TypeVar("Checked", bound="BaseModel")
 
 
 class UserError(Exception):
@@ -49,6 +55,56 @@ def choose(argument: str, value: str, allowed: Iterable[str]) -> str:
             wanted=f"{argument}={value}", found="no such choice", allowed=options, next_step=f"choose one of: {options}"
         )
     return value
+
+
+def checked(
+    model: type[Checked], data: Any, *, wanted: str, allowed: str | None = None, next_step: str | None = None
+) -> Checked:
+    """`data` as a pydantic model.
+
+    Args:
+        model: what it should be.
+        data: what somebody wrote.
+        wanted: as in `UserError`.
+        allowed: as in `UserError`; by default what pydantic says of each value that it refuses.
+        next_step: as in `UserError`; by default to correct the values, by name.
+
+    Raises:
+        UserError: naming every value that is refused by its place in `data`.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        refused = {".".join(map(str, part["loc"])): part for part in error.errors(include_url=False)}
+        raise UserError(
+            wanted=wanted,
+            found=", ".join(_found(place, part) for place, part in list(refused.items())[:10]),
+            allowed=allowed or "; ".join(f"{place}: {_allowed(part)}" for place, part in list(refused.items())[:10]),
+            next_step=next_step or f"correct {', '.join(list(refused)[:10])}",
+        ) from error
+
+
+def _found(place: str, part: Mapping[str, Any]) -> str:
+    if part["type"] == "missing":
+        return f"no {place}"
+    if part["type"] == "extra_forbidden":
+        return f"{place}, which is unknown"
+    value = part["input"]
+    if not isinstance(value, (str, int, float, bool)) and value is not None:
+        value = f"a {type(value).__name__}"  # what is deep or refers to itself is not printed
+    shown = str(value)
+    return (f"{place}=" if place else "") + (shown if len(shown) <= 100 else f"{shown[:100]}...")
+
+
+def _allowed(part: Mapping[str, Any]) -> str:
+    kind = part["type"].partition("_")[0]
+    if part["type"] in ("int_parsing", "int_from_float", "float_parsing", "bool_parsing"):
+        return {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
+    if part["type"] == "literal_error":
+        return part["ctx"]["expected"].replace("' or '", "', '").replace("'", "")
+    return part["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 # Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;

@@ -42,8 +42,7 @@ def main() -> None:
     with errors.exit_on_user_error(), contextlib.ExitStack() as stack:
         if not _names_include_path():
             sys.argv += ["--include_path", str(data_dir("tasks"))]
-        if _asks_ours():
-            invocation.refuse_response_cache()
+        _check_arguments()
         started = time.time()
         problems = _watch_errors()
         from rcb_lmms.models.ledger import RUNS
@@ -101,12 +100,21 @@ def _names_include_path() -> bool:
     return argument("--include_path") is not None or any("include_path" in run for run in configured_runs())
 
 
-def _asks_ours() -> bool:
-    """Whether an entry of this package is to be run."""
-    from rcb_lmms.models import ENTRIES
+def _check_arguments() -> None:
+    """Refuse what an entry of this package cannot run with before tasks are read and lmms-eval is loaded.
 
-    ours = {f"{family}_{method}" for family, methods in ENTRIES.items() for method in methods}
-    return bool(ours & {argument("--model"), *(str(run.get("model")) for run in configured_runs())})
+    Raises:
+        UserError: a response cache, or model_args that are refused.
+    """
+    from rcb_lmms.models import PARTS
+
+    runs = invocation.asked_runs()
+    if runs:
+        invocation.refuse_response_cache()
+        from rcb_lmms.models.arguments import resolve
+
+        for model, arguments in runs:
+            resolve(*PARTS[model], arguments)
 
 
 def _watch_errors() -> list[str]:

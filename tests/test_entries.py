@@ -22,7 +22,6 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual
 from rcb_lmms.models import ENTRIES, METHODS, class_name, entries, table
-from rcb_lmms.models.arguments import resolve
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import VisualTokens
 from rcb_lmms.pruners.views import choose_views as select
@@ -156,68 +155,6 @@ def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(family, meth
     assert counts[-1].visual_native == counts[-1].visual_kept == 0
     if method in ("prumerge_plus", "fastv", "random", "stride"):
         assert all(row.visual_kept == budget["keep"] * row.visual_views for row in counts)
-
-
-# Arguments
-
-
-def test_arguments_come_as_lmms_eval_types_them():
-    from lmms_eval.utils import simple_parse_args_string
-
-    def loading(text, family="llava_next", method="random"):
-        return resolve(family, method, simple_parse_args_string(text)).loading
-
-    assert loading("split=False")["split"] is loading("split=true,split=false")["split"] is False
-    assert resolve("llava_next", "random", {"split": "True"}).loading["split"] is True
-    assert loading("max_frames_num=8,video_backend=pyav")["max_frames_num"] == 8
-    assert loading("max_frames_num=8.0")["max_frames_num"] == 8
-    assert loading("")["max_frames_num"] == 16
-    for wrong, words in [
-        ("max_frames_num=-1", "max_frames_num=-1.0"),
-        ("split=maybe", "split=maybe"),
-        ("pack=loose", "auto, flat, flat_newline, spatial_unpad"),
-        ("per=tile", "view, image"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            loading(wrong)
-    for text in ("split=true", "pack=flat"):
-        with pytest.raises(UserError, match="model_args this entry does not have"):
-            loading(text, family="llava")
-    with pytest.raises(UserError, match="model_args this entry does not have"):
-        loading("per=image", method="none")
-
-
-def test_packing_follows_the_method():
-    def packing(method, **arguments):
-        return resolve("llava_next", method, arguments).loading["pack"]
-
-    assert packing("none") == packing("fastv", keep=4) == "spatial_unpad"
-    assert packing("none", split=False) == packing("random") == packing("prumerge") == "auto"
-    assert packing("fastv", pack="flat") == "flat"
-    with pytest.raises(UserError, match="need the whole grid"):
-        packing("random", pack="spatial_unpad")
-
-
-def test_rcb_on_onevision_follows_its_presets(codebook_file):
-    def settings(**arguments):
-        return resolve("llava_onevision", "rcb", {"codebook": str(codebook_file), **arguments})
-
-    official = settings(keep=5)
-    assert (official.pruner.variant, official.pruner.budget, official.target) == (
-        "double_softmax",
-        Budget.tokens(5),
-        None,
-    )
-    assert settings(match="fastv:9").pruner.budget == Budget.tokens(9)
-    paper = settings(keep=5, preset="paper")
-    assert (paper.pruner.variant, paper.target.tokens) == ("max_cosine", 5)
-    assert settings(keep=5, variant="max_cosine").target.tokens == 5
-    assert settings(keep=5, preset="paper", variant="double_softmax").pruner.budget == Budget.tokens(5)
-    assert settings(threshold=0.4).pruner.variant == "max_cosine"
-    with pytest.raises(UserError, match="without CLS token"):
-        settings(match="prumerge")
-    for family in ("llava", "llava_next"):
-        assert resolve(family, "rcb", {"codebook": str(codebook_file)}).pruner.variant == "max_cosine"
 
 
 def test_what_was_resolved_is_in_the_record(entry):

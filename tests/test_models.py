@@ -13,7 +13,6 @@ import torch
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES, class_name
-from rcb_lmms.models.arguments import resolve
 from rcb_lmms.resources import cache_dir
 from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
 
@@ -254,39 +253,6 @@ def test_a_finished_run_is_not_repeated_and_its_folder_is_its_own(evaluate, tmp_
         evaluate("llava_full", "once")
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments", "words"),
-    [
-        ("rcb", {"keep": 64, "ratio": 0.5}, "keep=64, ratio=0.5"),
-        ("rcb", {"kep": 64}, "pretrained, dtype, device"),
-        ("none", {"keep": 64}, "llava_full with keep"),
-        ("random", {"threshold": 0.5}, "random with threshold"),
-        ("rcb", {"match": "sparsevlm"}, "no such target"),
-        ("rcb", {"keep": "many"}, "not a number"),
-        ("rcb", {"threshold": 45}, "from -1 to 1"),
-        ("random", {"keep": 0}, "whole numbers from 1"),
-        ("random", {"batch_size": "auto"}, "not a positive whole number"),
-        ("fastv", {"mode": "hide"}, "drop"),
-    ],
-)
-def test_wrong_arguments_name_the_allowed_ones(method, arguments, words, codebook_file):
-    if method == "rcb":
-        arguments = {"codebook": codebook_file, **arguments}
-    with pytest.raises(UserError, match=words):
-        resolve("llava", method, arguments)
-
-
-def test_an_entry_without_arguments_means_the_papers_setting(codebook_file):
-    settings = resolve("llava", "rcb", {"codebook": codebook_file})
-    assert settings.loading["pretrained"] == "llava-hf/llava-1.5-7b-hf"
-    assert settings.target.tokens == 64
-    assert resolve("llava", "rcb", {"codebook": codebook_file, "preset": "paper"}).pruner.preset == "paper"
-    assert resolve("llava", "random", {"preset": "paper", "seed": 7}).pruner.seed == 7
-    assert resolve("llava", "random", {}).pruner.budget.count(576) == 64
-    assert resolve("llava", "fastv", {}).pruner.rank(576, 32) == 64
-    assert resolve("llava", "prumerge", {}).target.tokens == 64
-
-
 def test_budgets_that_cannot_be_met_are_refused_with_the_arithmetic(evaluate, codebook_file, tmp_path):
     with pytest.raises(UserError, match="17 retained tokens"):
         evaluate("llava_random", "a", keep=17)
@@ -409,18 +375,3 @@ def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog)
     record, samples = evaluate("llava_rcb", "none", threshold=-1, min_keep=0, codebook=codebook_file)
     assert record["achieved"]["pope"]["retained_max"] == 0
     assert len(samples) == 24
-
-
-def test_match_takes_counts_as_they_are_and_measures_only_what_a_baseline_decides(codebook_file):
-    # FastV leaves every view whole and prunes in the decoder: measuring its views gave the native count.
-    targets = {
-        name: resolve("llava", "rcb", {"codebook": codebook_file, "match": name}).target
-        for name in ("fastv:144", "random:64", "prumerge:72", "prumerge")
-    }
-    assert [targets[name].tokens for name in targets] == [144, 64, 72, None]
-    assert targets["prumerge"].measured.budget.kind == "adaptive"
-    with pytest.raises(UserError, match="without its number"):
-        resolve("llava", "rcb", {"codebook": codebook_file, "match": "random"})
-    for method in ("fastv", "random"):
-        with pytest.raises(UserError, match="model_args this entry does not have"):
-            resolve("llava", method, {"match": "prumerge"})

@@ -123,7 +123,7 @@ def check_least(pruner: Pruner, target: float) -> None:
             wanted=f"a mean of {target:g} retained tokens from {pruner.name}",
             found=f"{floor}, which stay of every view whatever the budget",
             allowed=f"means from {pruner.least}",
-            next_step=f"keep={pruner.least}, or a smaller min_keep",
+            next_step=f"min_keep={int(target)} or less" if hasattr(pruner, "min_keep") else f"keep={pruner.least}",
         )
 
 

@@ -17,6 +17,10 @@ def entry_id(family: str, pruner: str) -> str:
     return f"{family}_{'full' if pruner == 'none' else pruner}"
 
 
+# Family and pruner by model id.
+PARTS = {f"{family}_{method}": (family, pruner) for family in ENTRIES for method, pruner in METHODS.items()}
+
+
 def class_name(family: str, method: str) -> str:
     """`llava_next`, `prumerge_plus` -> `LlavaNextPrumergePlus`."""
     return "".join(part.capitalize() for part in f"{family}_{method}".split("_"))

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Target, ThresholdFile
 from rcb_lmms.calibration.fitting import check_least
-from rcb_lmms.errors import UserError, choose
+from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, default_split, family_class
-from rcb_lmms.families.tiles import PACKINGS
+from rcb_lmms.families.devices import check_attention, check_device
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
+from rcb_lmms.models.argument_types import LOADING, budget_names, field_names, method_options, validated
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
-from rcb_lmms.pruners.views import PER
 
 # The setting of the paper's main table.
 PAPER_TOKENS = 64
-
-VIDEO = ("video_backend", "max_frames_num")
-LOADING = ("pretrained", "dtype", "device", "attn_implementation", "preprocess", "template", *VIDEO)
-BUDGETS = ("keep", "ratio", "threshold", "match")
 
 
 @dataclass(frozen=True)
@@ -50,56 +46,37 @@ class Settings:
     thresholds: ThresholdFile | None = None
 
 
-def resolve(family: str, method: str, arguments: dict[str, Any]) -> Settings:
-    """Turn model_args into `Settings`.
+def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
+    """Turn model_args into `Settings`; everything that needs no model is checked here.
 
     Raises:
-        UserError: a method that the family cannot have, an unknown argument, two budgets, a budget the method cannot
-            take, an unknown choice.
+        UserError: a method that the family cannot have, an unknown argument or value, two budgets, a budget the method
+            cannot take.
     """
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    own = family_class(family)
-    _check_provided(family, entry_id(family, method), method)
-    options = _method_options(method)
-    budgets = budget_names(method)
-    common = [
-        "preset",
-        "batch_size",
-        "seed",
-        *["per"] * bool(budgets),
-        *(["thresholds", "ties"] if "threshold" in budgets else []),
-    ]
-    allowed = [*LOADING, *own.options, *budgets, *options, *common]
-    unknown = sorted(set(arguments) - set(allowed) - {"max_batch_size"})
-    if unknown:
-        raise UserError(
-            wanted=f"{entry_id(family, method)} with {', '.join(unknown)}",
-            found="model_args this entry does not have",
-            allowed=", ".join(allowed),
-            next_step="remove or correct: " + ", ".join(unknown),
-        )
-    loading = _loading(family, method, arguments)
-    given = {name: arguments[name] for name in budgets if name in arguments}
-    chosen = {name: arguments[name] for name in options if name in arguments}
-    seed = int(arguments.get("seed", 0))
-    if "seed" in _field_names(method):
+    entry = entry_id(family, method)
+    _check_provided(family, entry, method)
+    given = validated(family, method, arguments)
+    loading = _loading(family, method, given)
+    budgets = {name: given[name] for name in budget_names(method) if name in given}
+    chosen = {name: given[name] for name in method_options(method) if name in given}
+    seed = given.get("seed", 0)
+    if "seed" in field_names(method):
         chosen["seed"] = seed
-    if "codebook" in options:
+    if "codebook" in field_names(method):
         chosen.setdefault("codebook", default_codebook(family, loading["pretrained"]))
-    preset = str(arguments.get("preset", "official"))
+    preset = given.get("preset", "official")
     # A threshold on a cosine means the variant that has one.
-    if preset == "official" and not {"threshold", "thresholds"} & set(arguments):
+    if preset == "official" and not {"threshold", "thresholds"} & set(given):
         chosen = {**PRUNERS[method].official_options.get(family, {}), **chosen}
     pruner = make_pruner(method, budget=_unfitted(method), preset=preset, **chosen)
-    budget, target = _budget(pruner, given, arguments.get("ties"))
+    budget, target = _budget(pruner, budgets, given.get("ties"))
     if target is not None and target.measured is not None:
         _check_provided(family, f"match={target}", target.measured.name)
     if target is not None and target.count is not None:
         check_least(pruner, target.count)
     pruner = dataclasses.replace(pruner, budget=budget)
-    per = choose("per", str(arguments.get("per", "view")), PER)
-    batch_size = _whole("batch_size", arguments.get("batch_size", 1))
-    return Settings(loading, pruner, target, per, batch_size, seed, _thresholds(arguments.get("thresholds"), target))
+    thresholds = _thresholds(given.get("thresholds"), target)
+    return Settings(loading, pruner, target, given.get("per", "view"), given.get("batch_size", 1), seed, thresholds)
 
 
 def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None:
@@ -130,24 +107,27 @@ def _check_provided(family: str, wanted: str, method: str) -> None:
         )
 
 
-def _loading(family: str, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _loading(family: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `load_family`, with what a record should name even where nobody asked for it."""
     own = family_class(family)
-    loading = {name: arguments[name] for name in (*LOADING, *own.options) if name in arguments}
+    loading = {name: given[name] for name in (*LOADING, "preprocess", "template", *own.options) if name in given}
     loading.setdefault("pretrained", own.checkpoint)
     loading.setdefault("video_backend", VideoReader.backend)
+    loading.setdefault("max_frames_num", VideoReader.max_frames)
     loading["family"] = family
-    loading["max_frames_num"] = _whole("max_frames_num", loading.get("max_frames_num", VideoReader.max_frames))
+    if "device" in loading:
+        check_device(loading["device"])
+    if "attn_implementation" in loading:
+        check_attention(loading["attn_implementation"])
     if "split" in own.options:
-        loading["split"] = _flag("split", loading.get("split", default_split(family, str(loading["pretrained"]))))
+        loading.setdefault("split", default_split(family, loading["pretrained"]))
     if "pack" in own.options:
-        loading["pack"] = _packing(method, loading["split"], str(loading.get("pack", "auto")))
+        loading["pack"] = _packing(method, loading["split"], loading.get("pack", "auto"))
     return loading
 
 
 def _packing(method: str, split: bool, pack: str) -> str:
     """The family's `pack`: whole views as the Hugging Face model packs them, pruned ones as they come (`auto`)."""
-    choose("pack", pack, PACKINGS)
     whole = not PRUNERS[method].budgets or PRUNERS[method].stage == "layers"
     if pack == "spatial_unpad" and not whole:
         raise UserError(
@@ -162,7 +142,7 @@ def _packing(method: str, split: bool, pack: str) -> str:
 def describe(settings: Settings, family: Family) -> dict[str, Any]:
     """Resolved arguments as a record, and as the key of what depends on them."""
     codebook = getattr(settings.pruner, "codebook", None)
-    names = [name for name in _field_names(settings.pruner.name) if name != "codebook"]
+    names = [name for name in field_names(settings.pruner.name) if name != "codebook"]
     return {
         **{name: str(value) for name, value in settings.loading.items()},
         "pruner": {name: str(getattr(settings.pruner, name)) for name in names},
@@ -181,31 +161,14 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
     }
 
 
-def _field_names(method: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(PRUNERS[method])]
-
-
-def _method_options(method: str) -> list[str]:
-    # `scale` is what calibration sets; `preset` and `seed` are common to all entries.
-    return [name for name in _field_names(method) if name not in ("budget", "scale", "preset", "seed")]
-
-
-def budget_names(method: str) -> tuple[str, ...]:
-    """model_args that give a method its budget, of which one may be used."""
-    kinds = set(PRUNERS[method].budgets)
-    named = {"keep": "tokens", "ratio": "ratio", "threshold": "threshold"}
-    names = {name for name, kind in named.items() if kind in kinds}
-    if kinds & {"threshold", "adaptive"}:
-        names.add("match")
-    return tuple(name for name in BUDGETS if name in names)
-
-
 def _budget(pruner: Pruner, given: dict[str, Any], ties: Any) -> tuple[Budget | None, Target | None]:
     """The budget, and the mean to calibrate for where the method meets a mean over the benchmark instead of a count."""
     if len(given) > 1:
         raise UserError(
             wanted="one budget",
-            found=", ".join(f"{name}={value}" for name, value in given.items()),
+            found=", ".join(
+                f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in given.items()
+            ),
             allowed="one of: " + ", ".join(budget_names(pruner.name)),
             next_step="remove all but one",
         )
@@ -220,13 +183,12 @@ def _budget(pruner: Pruner, given: dict[str, Any], ties: Any) -> tuple[Budget | 
         return None, None
     name, value = next(iter(given.items()), ("keep", PAPER_TOKENS))
     if name == "threshold":
-        return Budget.threshold(_number(name, value), _whole("ties", ties or 0, 0)), None
+        return Budget.threshold(value, ties or 0), None
     if name == "match":
         target = Target.parse(value)
         if target.count is not None and not pruner.fits_mean:
             return Budget.tokens(target.count), None
         return pruner.budget, target
-    value = _number(name, value)
     budget = Budget.tokens(round(value) if pruner.fits_mean else value) if name == "keep" else Budget.ratio(value)
     if pruner.fits_mean:
         return pruner.budget, Target.number(value) if name == "keep" else Target.share(value)
@@ -237,27 +199,3 @@ def _unfitted(method: str) -> Budget | None:
     """Any budget of a kind that the method takes, until its own is known."""
     every = {"threshold": Budget.threshold(1.0), "adaptive": Budget.adaptive(), "tokens": Budget.tokens(1)}
     return next((every[kind] for kind in PRUNERS[method].budgets if kind in every), None)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(
-            wanted=f"{name}={value}", found="not a number", allowed="a number", next_step=f"{name}=64"
-        ) from None
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    if not re.fullmatch(r"\d+(\.0)?", str(value)) or float(value) < least:
-        raise UserError(
-            wanted=f"{name}={value}",
-            found="not a positive whole number" if least else "not a whole number",
-            allowed=f"whole numbers from {least}",
-            next_step=f"{name}=1",
-        )
-    return int(float(value))
-
-
-def _flag(name: str, value: Any) -> bool:
-    return choose(name, str(value).lower(), ("true", "false")) == "true"

@@ -19,6 +19,7 @@ from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError, leave_with
 from rcb_lmms.families import load_family
 from rcb_lmms.models import entry_id, invocation
+from rcb_lmms.models.argument_types import parse_arguments
 from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
 from rcb_lmms.models.journal import Journal
@@ -81,6 +82,20 @@ class PrunedModel(lmms):
         identity = {"model": self.run.model, "versions": self.run.versions, **self.run.resolved}
         self.journal = Journal({**identity, "batch_size": None}, rank)
         self.resumed = 0
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> PrunedModel:
+        """What the evaluator calls; a batch size or device in model_args counts, not lmms-eval's own argument."""
+        from lmms_eval.utils import simple_parse_args_string
+
+        with leave_with():
+            parse_arguments(arg_string)
+            given = simple_parse_args_string(arg_string)
+            for name in given.keys() & (additional_config or {}).keys():
+                asked = invocation.argument(f"--{name}")
+                if asked not in (None, str(given[name])):
+                    logger.warning("%s=%s in model_args counts, not --%s %s", name, given[name], name, asked)
+        return cls(**{**(additional_config or {}), **given})
 
     @property
     def device(self) -> torch.device:

@@ -45,6 +45,28 @@ def _runs_of(path: str) -> list[dict[str, Any]]:
     return [run for run in (runs if isinstance(runs, list) else [runs]) if isinstance(run, dict)]
 
 
+def asked_runs() -> list[tuple[str, dict[str, Any]]]:
+    """Model ids and model_args that the command line or its configuration file asks for, if they are ours.
+
+    Raises:
+        UserError: an argument without a value, or with two.
+    """
+    from rcb_lmms.models import PARTS
+    from rcb_lmms.models.argument_types import parse_arguments
+
+    own = {"model": argument("--model"), "model_args": argument("--model_args")}
+    own |= {name: value for name in ("batch_size", "device") if (value := argument(f"--{name}")) is not None}
+    asked = []
+    for run in configured_runs() or [own]:
+        run = {**run, **{name: value for name, value in own.items() if value is not None}}
+        given = run.get("model_args") or {}
+        if run.get("model") in PARTS and isinstance(given, (str, dict)):
+            common = {name: run[name] for name in ("batch_size", "device") if name in run}
+            arguments = parse_arguments(given) if isinstance(given, str) else given
+            asked.append((run["model"], {**common, **arguments}))
+    return asked
+
+
 def asked_seed() -> int | None:
     """Torch's seed as `--seed` gives it, here or in a configuration file; `None` if nobody gave one."""
     given = {str(run["seed"]) for run in configured_runs() if run.get("seed") is not None}

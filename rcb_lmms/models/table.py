@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rcb_lmms.families import Family, family_class
 from rcb_lmms.models import ENTRIES, METHODS
-from rcb_lmms.models.arguments import budget_names, supports
+from rcb_lmms.models.argument_types import budget_names
+from rcb_lmms.models.arguments import supports
 from rcb_lmms.pruners import PRUNERS
 
 BEGIN, END = "<!-- made by: python -m rcb_lmms.models.table -->", "<!-- end of the table -->"
