@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,16 @@ def sha256_of(path: str | Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def answers_hash(rows: Iterable[dict[str, Any]]) -> str:
+    """Names what a run answered to each document, so that its record and its samples files know each other.
+
+    Raises:
+        KeyError: a row that is no sample.
+    """
+    answers = sorted((row["doc_id"], row["filtered_resps"]) for row in rows)
+    return hashlib.sha256(json.dumps(answers, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import write_atomic
+from rcb_lmms.files import answers_hash, write_atomic
 
 RECORD = "run.json"
 
@@ -79,6 +79,7 @@ def run_evaluation(
         lines = [json.dumps(row, ensure_ascii=False, default=_described) for row in rows]
         write_atomic(out / f"samples_{task}.jsonl", "\n".join(lines) + "\n")
     write_atomic(out / "results.json", json.dumps(results, indent=1, default=str))
+    record["answers"] = {task: answers_hash(rows) for task, rows in samples.items()}
     status = "failed" if run["failures"] else "success"
     record |= {key: value for key, value in run.items() if key not in question}
     _write(out, record | {"status": status, "finished": _now(), "wall_s": time.perf_counter() - began})

@@ -21,6 +21,7 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import central_square_region, pad_to_square
+from rcb_lmms.files import answers_hash
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.report import pictures, statistics
 from rcb_lmms.report.collect import collect
@@ -86,7 +87,8 @@ def _sample(task: str, number: int, value: int, image: str) -> dict:
     score = {"question_id": image, "score": float(value)}
     metric = {"pope": "pope_accuracy", "mme": ("mme_perception_score", "mme_cognition_score")[number % 2]}[task]
     doc = {"question_id": image, "image_source": image, "question": f"{task} {number}?"}
-    return {"doc_id": number, "target": "yes", "doc": doc, "token_counts": [{}], metric: score}
+    row = {"doc_id": number, "target": "yes", "doc": doc, "filtered_resps": [image], "token_counts": [{}]}
+    return {**row, metric: score}
 
 
 def answers(share: float, count: int = 200, seed: int = 0) -> list[int]:
@@ -391,6 +393,42 @@ def _coordinates(width: int, height: int) -> Image.Image:
 
 
 GEOMETRY = {"rcb": "centre_crop", "pad": "padded_square"}
+
+
+def test_samples_of_another_run_are_in_no_table(results):
+    rows = [_sample("pope", number, 1, f"image{number // 2}") for number in range(4)]
+    same, other = answers_hash(rows), answers_hash([{**row, "filtered_resps": ["no"]} for row in rows])
+    assert same == answers_hash(reversed(rows)) != other
+    place = results / "four"
+    write_run(place / "own", "none", {"pope": [1] * 4}, answers={"pope": same})
+    write_run(place / "foreign", "random", {"pope": [1] * 4}, keep=36, answers={"pope": other})
+    runs, excluded = collect(place)
+    assert [run.path.name for run in runs] == ["own"]
+    assert [(entry.path.name, "other answers" in entry.reason) for entry in excluded] == [("foreign", True)]
+
+
+def test_mixed_versions_are_noted_in_the_table(results):
+    for name, version in (("a", "5.20.2"), ("b", "5.23.0"), ("c", "5.23.0")):
+        versions = {"transformers": version, "torch": "2.15.0"}
+        write_run(results / name, "random", {"pope": answers(0.9)}, keep=ord(name), versions=versions)
+    runs, excluded = collect(results)
+    write_tables(runs, excluded, results)
+    noted = "mixed versions of transformers: 5.20.2 (1 runs, a first); 5.23.0 (2 runs, b first)"
+    assert noted in (results / "table.md").read_text()
+    assert "of torch" not in (results / "table.md").read_text()
+
+
+def test_pictures_of_extreme_images_stay_small(checkpoint, tmp_path):
+    family = load_family(checkpoint)
+    pruners = {"random": make_pruner("random", budget=Budget.tokens(5))}
+    images = [Image.new("RGB", size, "red") for size in ((10_000, 1), (1, 3_000), (5_000, 4_000), (3, 2))]
+    for image in images:
+        shown, boxes = pictures._enlarged(family, image)
+        assert max(shown.size) <= 1680
+        assert boxes.shape == (16, 4)
+        assert boxes[:, 2].max() <= shown.width * (1 + 1e-9)
+    pictures.kept_tokens_picture(family, pruners, images, tmp_path / "kept.png")
+    assert Image.open(tmp_path / "kept.png").width < 4000
 
 
 @pytest.mark.parametrize("preprocess", ["rcb", "pad"])

@@ -27,10 +27,13 @@ def table(
         for key in [f"table-{paper}"] * (paper is not None) + [f"figure-{figure}"] * (figure is not None):
             paper_table(key, results, out or results)
         return
-    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.collect import collect, version_notes
     from rcb_lmms.report.tables import for_terminal, write_tables
 
-    typer.echo(for_terminal(write_tables(*collect(results), out or results)))
+    runs, excluded = collect(results)
+    typer.echo(for_terminal(write_tables(runs, excluded, out or results)))
+    for line in version_notes((run.path, run.record) for run in runs):
+        typer.echo(f"note: {line}", err=True)
     typer.echo(f"wrote {(out or results) / 'table.md'}")
 
 

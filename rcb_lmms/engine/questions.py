@@ -26,7 +26,7 @@ class Question:
 
     Attributes:
         text: what is asked.
-        images: paths, open files or PIL images.
+        images: paths, open files, PIL images, or a `Visual` that was opened before.
         videos: files, or folders of frames.
         name: says which question it is where answers are drawn at random, so that order and company do not matter.
         messages: in place of the three, turns `{"role": "user", "content": [{"type": "image", "url": IMAGE}, ...]}`.
@@ -130,6 +130,8 @@ def _text_of(name: str, item: dict[str, Any]) -> str:
 
 
 def _open(family: Family, kind: str, item: dict[str, Any], role: str) -> list[Visual]:
+    if isinstance(item["url"], Visual):  # opened before, in a role of its own
+        return [item["url"]]
     if kind == "image":
         return [family.open(item["url"], role)]
     return family.open_video(*placed(item))

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.errors import UserError
 from rcb_lmms.evaluate import Entry, for_checkpoint, run_folder
 from rcb_lmms.files import read_jsonl
-from rcb_lmms.report.collect import RECORD, RESULTS, Excluded, Unusable, read_finished, read_json
+from rcb_lmms.report.collect import (
+    RECORD,
+    RESULTS,
+    Excluded,
+    Unusable,
+    check_answers,
+    read_finished,
+    read_json,
+    version_notes,
+)
 from rcb_lmms.report.published import Benchmark, Block, Layout, Row
 
 if TYPE_CHECKING:
@@ -52,6 +61,7 @@ class Measured:
         tokens: retained visual tokens per question; `layer_average` over the decoder's layers.
         samples: by subtask; `None` if not every sample has a score of its own.
         digest: of the documents, so that runs over other data are never compared.
+        record: of the run.
     """
 
     folder: Path
@@ -61,6 +71,7 @@ class Measured:
     layer_average: float
     samples: tuple[Samples, ...] | None
     digest: str
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,12 @@ class PaperTable:
     layout: Layout
     cells: dict[tuple[str, str, str], Cell]
     excluded: list[Excluded] = field(default_factory=list)
+
+    @property
+    def version_notes(self) -> list[str]:
+        """What the runs were made with that differs."""
+        runs = {run.folder: run.record for cell in self.cells.values() for run in cell.runs}
+        return version_notes(runs.items())
 
     def cell(self, block: Block, row: Row, column: Benchmark) -> Cell | None:
         """A measured cell."""
@@ -197,10 +214,11 @@ def _read(folder: Path, entry: Entry, column: Benchmark) -> Measured:
         raise Unusable(f"{RESULTS} has no number for {column.metric}{later}")
     digest, samples = hashlib.sha256(), []
     for task, size in zip(subtasks, sizes, strict=True):
-        samples += _samples(folder / f"samples_{task}.jsonl", size, column, digest)
+        check = functools.partial(check_answers, record, task)
+        samples += _samples(folder / f"samples_{task}.jsonl", size, column, digest, check)
     pretrained = record["arguments"].get("pretrained")
     known = None if None in samples else tuple(samples)
-    return Measured(folder, pretrained, value * column.scale, tokens, average, known, digest.hexdigest())
+    return Measured(folder, pretrained, value * column.scale, tokens, average, known, digest.hexdigest(), record)
 
 
 def _check_entry(record: dict[str, Any], entry: Entry) -> None:
@@ -217,7 +235,9 @@ def _check_entry(record: dict[str, Any], entry: Entry) -> None:
         raise Unusable(f"{RECORD} is of another run: " + ", ".join(differing))
 
 
-def _samples(path: Path, expected: int, column: Benchmark, digest: Any) -> list[Samples | None]:
+def _samples(
+    path: Path, expected: int, column: Benchmark, digest: Any, check: Callable[[list[dict[str, Any]]], None]
+) -> list[Samples | None]:
     """Samples of one task, MME's by subtask; a `None` if some have no score."""
     import numpy as np
 
@@ -225,6 +245,7 @@ def _samples(path: Path, expected: int, column: Benchmark, digest: Any) -> list[
         rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
         if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
             raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
+        check(rows)
         parts: dict[str, dict[str, list[float | None]]] = {}
         for row in rows:
             digest.update(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True).encode())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import read_jsonl
+from rcb_lmms.files import answers_hash, read_jsonl
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,7 +207,7 @@ class Unusable(Exception):
 def _read(folder: Path) -> Run:
     record = read_finished(folder)
     results = read_json(folder / RESULTS)
-    scores = {task: _read_scores(folder, task, results) for task in record["tasks"]}
+    scores = {task: _read_scores(folder, task, results, record) for task in record["tasks"]}
     official = {
         task: value
         for task in scores
@@ -236,7 +236,7 @@ def read_finished(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read_scores(folder: Path, task: str, results: dict[str, Any]) -> Scores:
+def _read_scores(folder: Path, task: str, results: dict[str, Any], record: dict[str, Any]) -> Scores:
     import numpy as np
 
     if task not in BENCHMARKS:
@@ -251,9 +251,39 @@ def _read_scores(folder: Path, task: str, results: dict[str, Any]) -> Scores:
         raise Unusable(f"{path.name} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
     if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
         raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
+    check_answers(record, task, rows)
     # lmms-eval's own doc_hash covers the address of the image in memory, so it differs from run to run.
     samples = tuple(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True) for row in rows)
     return Scores(values, clusters, samples)
+
+
+def check_answers(record: dict[str, Any], task: str, rows: list[dict[str, Any]]) -> None:
+    """Hold samples against the record of the run that made them; records of earlier versions say nothing of them.
+
+    Raises:
+        Unusable: the samples are another run's.
+    """
+    known = record.get("answers")
+    if isinstance(known, dict) and task in known and known[task] != answers_hash(rows):
+        raise Unusable(f"samples_{task}.jsonl holds other answers than those of the run in {RECORD}")
+
+
+def version_notes(runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """What runs of one table were made with that differs, a line for each package.
+
+    Args:
+        runs: folder and record of each.
+    """
+    found: dict[str, dict[str, list[Path]]] = {}
+    for folder, record in runs:
+        for name, version in (record.get("versions") or {}).items():
+            found.setdefault(name, {}).setdefault(str(version), []).append(folder)
+    return [
+        f"mixed versions of {name}: "
+        + "; ".join(f"{version} ({len(folders)} runs, {folders[0].name} first)" for version, folders in own.items())
+        for name, own in found.items()
+        if len(own) > 1
+    ]
 
 
 def _score(row: dict[str, Any], benchmark: Benchmark) -> float:

@@ -120,6 +120,7 @@ def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, li
     parts = [f"# {layout.title}", _tabulated(text, "pipe"), LEGEND]
     if len(compared):
         parts += [_tabulated(readable_comparisons(compared), "pipe"), COMPARED]
+    parts += table.version_notes
     if table.excluded:
         parts += ["Left out:", "\n".join(f"- {line}" for line in left_out(table.excluded))]
     contents: dict[str, str | bytes] = {

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.engine.questions import Question
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual, central_square_region
 from rcb_lmms.files import write_atomic
-from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.base import Pruner
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 QUESTION = "What does this image show?"
-# Images are drawn at least this large, so that borders of patches stay sharp.
-_SHORT_SIDE_PX = 420
+# Small images are drawn larger, so that borders of patches stay sharp; no image is drawn larger than the other number.
+_SHORT_SIDE_PX, _LONG_SIDE_PX = 420, 1680
 
 
 @dataclass(frozen=True)
@@ -120,27 +122,12 @@ def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QU
             allowed="methods that choose among an image's tokens: rcb, prumerge, prumerge_plus, fastv, random, stride",
             next_step="leave downsample out",
         )
-    (view,) = family.encode([Visual((image,), "base")], pruner.needs)[0]
-    if pruner.stage == "layers":
-        return Kept(_kept_in_decoder(family, pruner, view, question))
-    selection = pruner.choose(view)
+    trace = Session(family, pruner).trace(Question(question, [Visual((image,), "base")]))
+    if trace.layer_kept:
+        (kept,) = trace.layer_kept.values()
+        return Kept(kept.numpy())
+    selection = trace.selections[0][0]
     return Kept(selection.kept.cpu().numpy(), made=len(selection) - len(selection.kept))
-
-
-def _kept_in_decoder(family: Family, pruner: Pruner, view: VisualTokens, question: str) -> np.ndarray:
-    import torch
-
-    from rcb_lmms.engine import prune_at_layer
-
-    prompt = family.embed(family.prompt(question), [family.pack_base(view.features)])
-    ((start, stop),) = prompt.spans
-    (step,) = pruner.schedule(stop - start, family.layers)
-    with (
-        torch.inference_mode(),
-        prune_at_layer(family.model, layer=step.layer, keep=step.keep, spans=[[(start, stop)]]) as pruning,
-    ):
-        family.model(inputs_embeds=prompt.embeds[None], use_cache=False, logits_to_keep=1)
-    return (pruning.kept[0] - start).numpy()
 
 
 def kept_tokens_picture(
@@ -186,13 +173,19 @@ def kept_tokens_picture(
 
 
 def _enlarged(family: Family, image: Image) -> tuple[Image, np.ndarray]:
-    """The image, enlarged if it is small, and the boxes of its patches."""
+    """The image at the size it is drawn in, and the boxes of its patches."""
+    import numpy as np
+
     processor, geometry = family.processor.image_processor, family.geometry[family.preprocess]
     side = family.model.config.vision_config.image_size
     # Only a centre crop resizes to another side than the view's.
     resize = processor.size["shortest_edge"] if geometry != "stretched" and "shortest_edge" in processor.size else side
     boxes = patch_boxes(image.size, family.grid, geometry, resize, side)
-    factor = max(1, round(_SHORT_SIDE_PX / min(image.size)))
+    most = _LONG_SIDE_PX / max(image.size)
+    if most < 1:
+        width, height = (max(1, round(length * most)) for length in image.size)
+        return image.resize((width, height)), boxes * np.tile([width / image.width, height / image.height], 2)
+    factor = max(1, min(int(most), round(_SHORT_SIDE_PX / min(image.size))))
     return image.resize((image.width * factor, image.height * factor), 0), boxes * factor
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run
+from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run, version_notes
 from rcb_lmms.report.summary import comparison_table, summary_table
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def write_tables(runs: Sequence[Run], excluded: Sequence[Excluded], out: Path) -
     parts = [_markdown(readable(table)), LEGEND]
     if len(comparisons):
         parts += ["Against random pruning, task by task:", _markdown(readable_comparisons(comparisons))]
+    parts += version_notes((run.path, run.record) for run in runs)
     if excluded:
         parts += ["Left out:", "\n".join(f"- {entry.path.name}: {entry.reason}" for entry in excluded)]
     write_atomic(out / "table.md", "\n\n".join(parts) + "\n")
