@@ -81,7 +81,7 @@ def checked(
         raise UserError(
             wanted=wanted,
             found=", ".join(_found(place, part) for place, part in list(refused.items())[:10]),
-            allowed=allowed or "; ".join(f"{place}: {_allowed(part)}" for place, part in list(refused.items())[:10]),
+            allowed=allowed or "; ".join(_allowed(model, place, part) for place, part in list(refused.items())[:10]),
             next_step=next_step or f"correct {', '.join(list(refused)[:10])}",
         ) from error
 
@@ -98,13 +98,22 @@ def _found(place: str, part: Mapping[str, Any]) -> str:
     return (f"{place}=" if place else "") + (shown if len(shown) <= 100 else f"{shown[:100]}...")
 
 
-def _allowed(part: Mapping[str, Any]) -> str:
-    kind = part["type"].partition("_")[0]
-    if part["type"] in ("int_parsing", "int_from_float", "float_parsing", "bool_parsing"):
-        return {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
-    if part["type"] == "literal_error":
-        return part["ctx"]["expected"].replace("' or '", "', '").replace("'", "")
-    return part["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+def _allowed(model: type[BaseModel], place: str, part: Mapping[str, Any]) -> str:
+    kind = part["type"]
+    if kind == "extra_forbidden":
+        return f"{', '.join(model.model_fields)}" if "." not in place else f"no {place}"
+    if kind == "literal_error":
+        text = part["ctx"]["expected"].replace("' or '", "', '").replace("'", "")
+    else:
+        text = {
+            "missing": "something in its place",
+            "int_parsing": "a whole number",
+            "int_from_float": "a whole number",
+            "float_parsing": "a number",
+            "bool_parsing": "true or false",
+            "string_type": "text",
+        }.get(kind, part["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+    return f"{place}: {text}" if place else text
 
 
 # Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;

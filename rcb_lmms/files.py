@@ -99,6 +99,31 @@ def no_file(path: str | Path) -> str | None:
     return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
+def read_yaml(path: str | Path, what: str, next_step: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        path: of a file that is read to its end.
+        what: the file should be, for the error.
+        next_step: likewise.
+
+    Raises:
+        UserError: no file that can be read, or no YAML.
+    """
+    import yaml
+
+    if (found := no_file(path)) is None:
+        try:
+            return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            found = error.strerror or str(error)
+        except RecursionError:
+            found = "lists or mappings nested too deeply"
+        except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, dates that are none
+            found = " ".join(str(error).split())[:300]
+    raise UserError(wanted=f"{what} from {path}", found=found, allowed="a YAML file of it", next_step=next_step)
+
+
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256()

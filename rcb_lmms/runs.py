@@ -134,7 +134,7 @@ def _described(value: Any) -> str:
     return str(value)
 
 
-def make_task_manager(entry: str = "default", include_path: Path | None = None) -> Any:
+def make_task_manager(entry: str = "default", include_path: str | Path | None = None) -> Any:
     """lmms-eval's tasks with ours and a folder's beside them; takes some seconds, so make one for many runs."""
     from lmms_eval.tasks import TaskManager
 

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from rcb_lmms import evaluate as module
 from rcb_lmms.cli import app
+from rcb_lmms.configs import read_configs
 from rcb_lmms.errors import UserError
-from rcb_lmms.evaluate import evaluate, locked, read_configs
+from rcb_lmms.evaluate import evaluate, locked
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab.data import write_data
 from rcb_lmms.runs import make_task_manager, read_record, working_directory
@@ -35,7 +36,7 @@ RCB = [sys.executable, "-c", "from rcb_lmms.cli import main; main()"]
 def managers():
     """Making one takes seconds, and the tests' tasks ask every model alike."""
     shared = functools.cache(lambda: make_task_manager())
-    return lambda entry: shared()
+    return lambda entry, include_path=None: shared() if include_path is None else make_task_manager(entry, include_path)
 
 
 @pytest.fixture
@@ -267,30 +268,112 @@ def test_a_second_quickstart_is_refused(tmp_path, monkeypatch):
 # Configurations
 
 
-BAD = {
-    "a run without tasks": {"model": "llava_full", "output_path": "results/a"},
-    "a run with gen_kwargs": {"model": "llava_full", "tasks": "pope", "output_path": "r/a", "gen_kwargs": "x=1"},
-    "none of `rcb list`": {"model": "llava_ful", "tasks": "pope", "output_path": "r/a"},
-    "not text": {"model": "llava_full", "tasks": ["pope"], "output_path": "r/a"},
-    "something else than runs": ["pope"],
-}
+GOOD = {"model": "llava_random", "tasks": "pope", "output_path": "results/a"}
+BAD = [
+    ("model: llava_full\noutput_path: results/a", "no tasks", "tasks: something in its place"),
+    ({**GOOD, "gen_kwargs": "x=1"}, "gen_kwargs, which is unknown", "model, tasks, output_path, model_args"),
+    ({**GOOD, "model": "llava_randon"}, "model=llava_randon", "llava_random"),
+    ({**GOOD, "model": {"a": 1}}, "model=a dict", "model: text"),
+    ({**GOOD, "tasks": ["pope"]}, "tasks=a list", "tasks: text"),
+    ({**GOOD, "tasks": ""}, "tasks=", "tasks: String should have at least 1 character"),
+    ({**GOOD, "model_args": {"keep": 3}}, "model_args=a dict", "model_args: text"),
+    ({**GOOD, "model_args": "keep=nan"}, "keep=nan", "a finite number"),
+    ({**GOOD, "model_args": "keep=36,keep=16"}, "keep with more than one value", "each name once"),
+    ({**GOOD, "model_args": "kep=36"}, "model_args this entry does not have", "keep"),
+    ({**GOOD, "batch_size": "eight"}, "batch_size=eight", "a whole number"),
+    ({**GOOD, "batch_size": True}, "batch_size=True", "a number"),
+    ({**GOOD, "batch_size": 0}, "batch_size=0", "greater than or equal to 1"),
+    ({**GOOD, "output_path": "results/.."}, "output_path=results/..", "a folder below --out"),
+    ({**GOOD, "output_path": "results/../"}, "output_path=results/../", "a folder below --out"),
+    ({**GOOD, "output_path": "."}, "output_path=.", "a folder below --out"),
+    ({**GOOD, "output_path": "a" * 300}, "output_path=aaa", "a folder below --out"),
+    ({**GOOD, 7: 8}, "7, which is unknown", "model, tasks"),
+    (["pope"], "something else than runs", "one run or a list of them"),
+    ([], "something else than runs", "one run or a list of them"),
+    ("", "something else than runs", "one run or a list of them"),
+    ("- {model: ", "expected the node content", "a YAML file"),
+    ("day: 2026-99-99", "month must be in 1..12", "a YAML file"),
+    ("[" * 10_000 + "]" * 10_000, "nested too deeply", "a YAML file"),
+    ("a: &a [x,x]\nmodel: &b [*a,*a]\ntasks: &c [*b,*b]\noutput_path: [*c,*c]", "a, which is unknown", "model, tasks"),
+    (b"\xff\xfe\x00", "codec can't decode", "a YAML file"),
+]
 
 
-@pytest.mark.parametrize("found", BAD)
-def test_a_configuration_is_refused_before_anything_runs(tmp_path, found):
+@pytest.mark.parametrize(("content", "found", "allowed"), BAD, ids=lambda value: str(value)[:40])
+def test_a_configuration_is_refused_before_anything_runs(tmp_path, content, found, allowed):
     path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(BAD[found]))
-    with pytest.raises(UserError, match=found) as error:
+    text = content if isinstance(content, (str, bytes)) else yaml.safe_dump(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
         read_configs([path])
-    assert str(path) in str(error.value)
+    assert found in error.value.found
+    assert allowed in error.value.allowed
+    assert "bad.yaml" in error.value.wanted or "model_args" in error.value.wanted
 
 
-def test_files_that_are_no_yaml_or_not_there_are_named(tmp_path):
-    (tmp_path / "bad.yaml").write_text("- {model: ")
-    with pytest.raises(UserError, match=r"bad\.yaml"):
-        read_configs([tmp_path / "bad.yaml"])
-    with pytest.raises(UserError, match=r"table-1_llava-1\.5-7b_64,"):
-        read_configs(["table-1"])
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, found in [(tmp_path, "a folder"), (tmp_path / "pipe", "a pipe"), ("a" * 5000, "File name too long")]:
+        with pytest.raises(UserError) as error:
+            read_configs([name])
+        assert found in error.value.found
+    with pytest.raises(UserError) as error:
+        read_configs(["table-1_llava-1.5-7b"])
+    assert "table-1_llava-1.5-7b_64, " in error.value.allowed
+    assert error.value.next_step.startswith("rcb eval table-1_llava-1.5-7b_")
+
+
+OWN = """task: mine
+dataset_path: parquet
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visuals
+doc_to_text: "{{{{text}}}}"
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 4}}
+metric_list:
+  - metric: exact_match
+"""
+
+
+def test_a_task_of_ones_own_is_evaluated(write_config, run, tmp_path, capsys):
+    """A YAML file beside its data, as `lmms_eval --include_path` takes it."""
+    import tiny
+    from datasets import Dataset, Features, Image, Value
+
+    home = tmp_path / "own"
+    home.mkdir()
+    (home / "utils.py").write_text("def visuals(doc):\n    return [doc['image'].convert('RGB')]\n")
+    (home / "mine.yaml").write_text(OWN.format(file=home / "mine.parquet"))
+    rows = [{"image": tiny.random_image(number), "text": f"What is {number}?", "answer": "yes"} for number in range(3)]
+    features = Features({"image": Image(), "text": Value("string"), "answer": Value("string")})
+    Dataset.from_list(rows, features=features).to_parquet(home / "mine.parquet")
+    config = write_config(("random", "llava_random", ",keep=3", "mine"))
+    with pytest.raises(UserError, match="the tasks mine"):
+        run(config)
+    with pytest.raises(UserError, match="no such file"):
+        run(config, include_path=tmp_path / "nowhere")
+    assert run(config, include_path=home) == []
+    assert read_record(tmp_path / "results" / "random" / "mine")["totals"]["questions"] == 3
+    named = write_config(("named", "llava_random", ",keep=3", "mine"), file="named.yaml", include_path=str(home))
+    assert run(named) == []
+
+
+@pytest.mark.parametrize("words", [("--limit", "4"), ()])
+def test_the_next_step_works_when_typed(write_config, run, pope_tree, tmp_path, monkeypatch, words):
+    """After a partial run a table was recommended that refuses it."""
+    monkeypatch.chdir(pope_tree)
+    config, results = write_config(RANDOM), str(tmp_path / "results")
+    shown = CliRunner().invoke(app, ["eval", config, "--out", results, *words])
+    assert shown.exit_code == 0
+    _, _, told = shown.stdout.partition("next: ")
+    if words:
+        assert told.startswith("the same command without --limit")
+    else:
+        assert told.strip() == f"rcb table {results}"
+        assert CliRunner().invoke(app, told.split()[1:]).exit_code == 0
 
 
 def test_one_folder_takes_one_run(write_config):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rcb_lmms.configs import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.errors import UserError
-from rcb_lmms.evaluate import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
 from rcb_lmms.report.collect import Excluded

@@ -72,15 +72,28 @@ def evaluate_configs(
     out: Annotated[Path, typer.Option(help="Results folder: OUT/NAME/TASK for each run.")] = Path("results"),
     limit: Annotated[int | None, typer.Option(help="Only the first samples; in no table.", min=1)] = None,
     pretrained: Annotated[str | None, typer.Option(help="Another checkpoint; lab scales the budgets.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Instead of the files'.", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "--batch_size", min=1, help="Not the files'.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include_path", help="Folder of tasks of your own, beside lmms-eval's and ours.")
+    ] = None,
 ) -> None:
     """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
     from rcb_lmms.evaluate import evaluate
 
-    problems = evaluate(configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size)
+    problems = evaluate(
+        configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size, include_path=include_path
+    )
     for problem in problems:
         typer.echo(f"failed: {problem}", err=True)
     if problems:
         typer.echo("the same command runs these again and nothing else", err=True)
         raise typer.Exit(1)
-    typer.echo(f"next: rcb table {out}, or rcb table {out} --paper 1")
+    if limit is not None:
+        typer.echo(f"next: the same command without --limit; the runs in {out / f'limit-{limit}'} are in no table")
+        return
+    printed = {Path(config).name.partition("_")[0].partition("-") for config in configs}
+    tables = [f", or rcb table {out} --{'figure' if kind == 'figure' else 'paper'} {number}"
+              for kind, _, number in sorted(printed) if kind in ("table", "figure") and number.isdecimal()]  # fmt: skip
+    typer.echo(f"next: rcb table {out}" + "".join(tables))

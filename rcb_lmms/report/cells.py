@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.configs import Entry, for_checkpoint, run_folder
 from rcb_lmms.errors import UserError
-from rcb_lmms.evaluate import Entry, for_checkpoint, run_folder
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.report.collect import (
     RECORD,
