@@ -269,6 +269,13 @@ def test_a_codebook_of_another_width_is_refused(evaluate, tmp_path):
         evaluate("llava_rcb", codebook=wrong)
 
 
+def test_a_checkpoint_that_the_codebook_was_not_made_with_is_warned_of(evaluate, checkpoint, codebook_file, caplog):
+    """Of equal width, a fine-tune took the family's released codebook without a word."""
+    record, _ = evaluate("llava_rcb", "fine-tune", threshold=0.5, codebook=codebook_file)
+    made = record["resolved"]["codebook_model"]
+    assert f"was made with {made}, and the checkpoint is {checkpoint}" in caplog.text
+
+
 def test_generation_arguments_are_checked_and_cleaned():
     greedy = Generation.parse(
         "pope",

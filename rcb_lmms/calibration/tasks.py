@@ -122,7 +122,7 @@ def _encoder(
     pretrained: str, method: RCB, targets: Sequence[Target], per: str, device: str | None, loading: dict[str, Any]
 ) -> ImageEncoder:
     family = load_family(pretrained, device=device, **loading)
-    method.codebook.check_width(family.width, pretrained)
+    method.codebook.check_family(family)
     needs = method.needs.union(*(own.measured.needs for own in targets if own.measured))
     return ImageEncoder(family, needs, batch_size=BATCH_FRAMES, store_bytes=0, per=per)
 

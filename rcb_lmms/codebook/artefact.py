@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rcb_lmms.families.base import Family
+
+logger = logging.getLogger(__name__)
 
 TENSOR, METADATA, FORMAT = "prototypes", "rcb_codebook", 1
 EPS = 1e-12
@@ -89,6 +92,21 @@ class Codebook:
                 found=f"{self.meta.get('id', 'a codebook')}: {self.width} wide, made with {self.meta.get('model')}",
                 allowed="a codebook made with the same checkpoint",
                 next_step="name another with codebook=..., or make one: rcb codebook build",
+            )
+
+    def check_family(self, family: Family) -> None:
+        """Refuse a model of another width, and warn of another checkpoint than the one the codebook was made with.
+
+        Raises:
+            UserError: the prototypes are of another width than the family's visual tokens.
+        """
+        self.check_width(family.width, family.pretrained)
+        if (names := self.made_for(family)) is not None:
+            logger.warning(
+                "the codebook %s was made with %s, and the checkpoint is %s: if that is not the same model, its own "
+                "codebook is wanted (rcb codebook build, then codebook=FILE)",
+                self.meta.get("id", "without a name"),
+                *names,
             )
 
     def made_for(self, family: Family) -> tuple[str, str] | None:

@@ -149,6 +149,7 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         "target": str(settings.target) if settings.target else None,
         "per": settings.per,
         "codebook_sha256": codebook.sha256 if codebook is not None else None,
+        "codebook_model": codebook.meta.get("model") if codebook is not None else None,
         "thresholds_sha256": settings.thresholds.sha256 if settings.thresholds is not None else None,
         "revision": family.revision,
         "fingerprint": family.fingerprint,

@@ -57,7 +57,7 @@ class PrunedModel(lmms):
             self.family = load_family(**loading)
             codebook = getattr(self.settings.pruner, "codebook", None)
             if codebook is not None:
-                codebook.check_width(self.family.width, self.family.pretrained)
+                codebook.check_family(self.family)
         self._device = self.family.device
         self.session = Session(
             self.family, self.settings.pruner, batch_size=self.settings.batch_size, per=self.settings.per
