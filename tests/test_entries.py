@@ -22,7 +22,7 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual
 from rcb_lmms.models import ENTRIES, METHODS, class_name, entries, table
-from rcb_lmms.pruners import make_pruner
+from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import VisualTokens
 from rcb_lmms.pruners.views import choose_views as select
 
@@ -135,11 +135,11 @@ def test_classes_are_made_once_found_by_name_and_survive_pickle():
 
 @pytest.mark.parametrize(("family", "method"), ALL)
 def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(family, method, entry, documents, monkeypatch):
-    if (family, method) in (("llava_onevision", "prumerge"), ("llava_onevision", "prumerge_plus")):
+    if family == "llava_onevision" and PRUNERS[METHODS[method]].needs:
         monkeypatch.setattr("rcb_lmms.models.base.load_family", lambda **_: pytest.fail("loaded"))
         with pytest.raises(UserError, match="no cls_attention, keys") as refusal:
             entry(family, method)
-        names = {f"llava_onevision_{name}" for name in ("full", "rcb", "fastv", "random", "stride", "downsample")}
+        names = {f"llava_onevision_{name}" for name, own in METHODS.items() if not PRUNERS[own].needs}
         assert set(refusal.value.allowed.split(", ")) == names
         return
     # Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token.
@@ -567,4 +567,4 @@ def test_the_readme_shows_the_table_of_entries():
         (row,) = [
             line for line in shown.splitlines() if line.startswith(f"| `{family}_{method}` | `{METHODS[method]}` |")
         ]
-        assert ("refused" in row) == (family == "llava_onevision" and method.startswith("prumerge"))
+        assert ("refused" in row) == (family == "llava_onevision" and bool(PRUNERS[METHODS[method]].needs))

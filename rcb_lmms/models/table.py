@@ -1,8 +1,12 @@
-"""The README's table of entries, made from the registry: `python -m rcb_lmms.models.table` prints it."""
+"""The README's table of entries, made from the registry: `python -m rcb_lmms.models.table` writes it there."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rcb_lmms.errors import UserError, exit_on_user_error
 from rcb_lmms.families import Family, family_class
+from rcb_lmms.files import write_atomic
 from rcb_lmms.models import ENTRIES, METHODS
 from rcb_lmms.models.argument_types import budget_names
 from rcb_lmms.models.arguments import supports
@@ -49,5 +53,25 @@ def _media(family: type[Family]) -> tuple[str, str, str]:
     return "yes" if tiled else "no", several, frames
 
 
+def write(readme: Path) -> None:
+    """Put the table between the two marks of a README.
+
+    Raises:
+        UserError: there is no such file, or it lacks a mark.
+    """
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    before, begin, rest = text.partition(BEGIN + "\n")
+    _, end, after = rest.partition("\n" + END)
+    if not begin or not end:
+        raise UserError(
+            wanted=f"the table of entries in {readme}",
+            found="no file" if not text else "no place for it",
+            allowed=f"a file with the lines {BEGIN} and {END}",
+            next_step="run the command in a checkout of this repository",
+        )
+    write_atomic(readme, (before + begin + entries_table() + end + after).encode())
+
+
 if __name__ == "__main__":
-    print(entries_table())
+    with exit_on_user_error():
+        write(Path(__file__).parents[2] / "README.md")
