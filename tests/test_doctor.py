@@ -204,7 +204,7 @@ def test_a_missing_laboratory_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     check = doctor._laboratory()
     assert (check.ok, check.essential) == (False, False)
-    assert check.mend.startswith("rcb lab train ")
+    assert check.mend.startswith("in a source checkout: python -m training.train ")
     assert f"--out {tmp_path / 'checkpoints'}" in check.mend
 
 

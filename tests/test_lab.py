@@ -13,16 +13,17 @@ import torch
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.lab import data, questions
-from rcb_lmms.lab.checkpoint import lab_checkpoint, make_model, make_processor
-from rcb_lmms.lab.examples import plain
+from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS, POPE_CATEGORIES
-from rcb_lmms.lab.language import Wording
-from rcb_lmms.lab.packing import pack, run_packed
 from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
-from rcb_lmms.lab.tower import patch_labels
-from rcb_lmms.lab.train import BENCHMARKS, LANGUAGE, LOG_NAME, TOWER, train
-from rcb_lmms.lab.views import choose_tokens, make_view
-from rcb_lmms.lab.vision import make_tower, preprocess
+from training.examples import plain
+from training.language import Wording
+from training.model import make_model, make_processor
+from training.packing import pack, run_packed
+from training.tower import patch_labels
+from training.train import BENCHMARKS, LANGUAGE, LOG_NAME, TOWER, train
+from training.views import choose_tokens, make_view
+from training.vision import make_tower, preprocess
 
 SCENES = [make_scene("test", index) for index in range(60)]
 
@@ -289,8 +290,8 @@ TINY = tuple(
 
 @pytest.fixture
 def few_evaluation_scenes(monkeypatch):
-    from rcb_lmms.lab import language
-    from rcb_lmms.lab import train as module
+    from training import language
+    from training import train as module
 
     monkeypatch.setattr(module, "EVALUATION_SCENES", 2)
     monkeypatch.setattr(language, "CHUNK", 4)
@@ -299,7 +300,7 @@ def few_evaluation_scenes(monkeypatch):
 def test_training_resumes_to_the_same_weights(tmp_path, few_evaluation_scenes, monkeypatch):
     from safetensors.torch import load_file
 
-    from rcb_lmms.lab import language
+    from training import language
 
     whole = train(tmp_path / "whole", stages=TINY)
     genuine, calls = language.make_view, []

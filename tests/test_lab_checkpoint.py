@@ -11,11 +11,11 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from rcb_lmms.lab import data, questions
-from rcb_lmms.lab.check import check, format_table
 from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS
 from rcb_lmms.lab.scenes import make_scene
 from rcb_lmms.runs import run_evaluation, working_directory
+from training.check import check, format_table
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def test_stock_transformers_answers_yes_and_no(loaded):
 def accuracies(family: str, medium: str, seeds: int, **shown) -> dict[str, float]:
     """Share of right first answer tokens per kind of question, nothing pruned."""
     from rcb_lmms.families import load_family
-    from rcb_lmms.lab import examples, language, views
-    from rcb_lmms.lab.packing import run_packed
+    from training import examples, language, views
+    from training.packing import run_packed
 
     model = load_family("lab", family=family).model
     tokenizer = AutoProcessor.from_pretrained(lab_checkpoint(family)).tokenizer

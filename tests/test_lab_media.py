@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from rcb_lmms.lab import data, examples, language, views
-from rcb_lmms.lab.checkpoint import make_model, make_processor
+from rcb_lmms.lab import data
 from rcb_lmms.lab.choices import SEVERAL_KINDS, VIDEO_KINDS, several_choices, video_choices
 from rcb_lmms.lab.media_data import MUIRBENCH_TASKS, VIDEO_FRAMES, mp4_of
 from rcb_lmms.lab.moving import DIRECTIONS, FRAMES, make_moving_scene
-from rcb_lmms.lab.packing import pack, run_packed
 from rcb_lmms.lab.scenes import GRID, IMAGE_SIZE_PX, make_large_scene, make_scene
+from training import examples, language, views
+from training.model import make_model, make_processor
+from training.packing import pack, run_packed
 
 
 @pytest.fixture(scope="module", params=["llava_next", "llava_onevision"])
@@ -48,7 +49,7 @@ def test_panels_are_what_the_image_processor_cuts():
 
 
 def language_pixels(scene):
-    from rcb_lmms.lab.vision import preprocess
+    from training.vision import preprocess
 
     return preprocess(np.stack(scene.panel_pixels()))
 

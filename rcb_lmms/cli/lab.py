@@ -1,4 +1,4 @@
-"""`rcb lab`: training, data and checks of the laboratory."""
+"""`rcb lab`: the laboratory's data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,9 @@ import typer
 
 from rcb_lmms.errors import UserError
 
-lab_app = typer.Typer(help="The embedded laboratory: train it, write its data, check it.", no_args_is_help=True)
+lab_app = typer.Typer(help="Data of the embedded laboratory: benchmarks and scenes.", no_args_is_help=True)
 
 LabFamily = Annotated[str, typer.Option(help="llava, llava_next or llava_onevision.")]
-
-
-@lab_app.command("train")
-def lab_train(
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the log and the state of a resumed run.")],
-    family: LabFamily = "llava",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: int = 0,
-) -> None:
-    """Train a family's laboratory model. Killed at any moment, the same command continues to the same weights."""
-    from rcb_lmms.lab.train import train
-
-    typer.echo(f"wrote {train(out, family=family, device=device, seed=seed)}")
-    typer.echo(f"next: rcb lab check --model {out}")
 
 
 @lab_app.command("data")
@@ -76,15 +62,3 @@ def lab_images(
 
     typer.echo(f"wrote {len(codebook_images(out, count, family))} scenes to {out}")
     typer.echo(f"next: rcb codebook build --model lab:{family} --images {out} --out lab.safetensors")
-
-
-@lab_app.command("check")
-def lab_check(
-    model: Annotated[str, typer.Option(help="lab, or the folder of a laboratory checkpoint.")] = "lab",
-    scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 100,
-) -> None:
-    """Print the controls: unpruned, blank image, background alone, objects alone, random tokens."""
-    from rcb_lmms.lab.check import check
-    from rcb_lmms.lab.checkpoint import lab_checkpoint
-
-    check(lab_checkpoint("llava") if model == "lab" else model, scenes=scenes)

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 from rcb_lmms.lab.scenes import COLOURS, GRID, PATCH_PX, SHAPES, Scene, make_large_scene, make_scene
-from rcb_lmms.lab.vision import read_tower
+from training.vision import read_tower
 
 # What a patch can show: a shape, one of ten digits, or (last) nothing.
 PATCH_KINDS = (*SHAPES, *(str(digit) for digit in range(10)))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from rcb_lmms.lab.language import TOKENS, Wording
-from rcb_lmms.lab.packing import pack, run_packed
+from rcb_lmms.errors import exit_on_user_error
+from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.prompts import Question
 from rcb_lmms.lab.questions import KINDS_OF_QUESTION, PHRASE_SUFFIX, pope
 from rcb_lmms.lab.scenes import IMAGE_SIZE_PX, Scene, make_scene
+from training.language import TOKENS, Wording
+from training.packing import pack, run_packed
 
 ASKED_KINDS = ("pope", "existence", "color", "count", "position", "side", "OCR", "probe")
 # Each control says which tokens of a scene stay; "blank" shows a grey image instead.
@@ -102,3 +106,16 @@ def format_table(table: dict[str, dict[str, float]]) -> str:
         for name, row in table.items()
     ]
     return "\n".join([head, *rows])
+
+
+def main(
+    model: Annotated[str, typer.Option(help="lab, or the folder of a laboratory checkpoint.")] = "lab",
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 100,
+) -> None:
+    """Print the controls: unpruned, blank image, background alone, objects alone, random tokens."""
+    with exit_on_user_error():
+        check(lab_checkpoint("llava") if model == "lab" else model, scenes=scenes)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcb_lmms.lab import asking
-from rcb_lmms.lab.examples import Example
-from rcb_lmms.lab.packing import Prompted
-from rcb_lmms.lab.pointing import option_places, points_of
 from rcb_lmms.lab.questions import COUNT_WORDS
 from rcb_lmms.lab.scenes import GRID, SceneObject
+from training import asking
+from training.examples import Example
+from training.packing import Prompted
+from training.pointing import option_places, points_of
 
 # Slots that hold no visual token: the newline embedding, and tokens of text.
 NEWLINE, TEXT = -1, -2

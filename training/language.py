@@ -11,13 +11,13 @@ import functools
 
 import numpy as np
 
-from rcb_lmms.lab import examples
-from rcb_lmms.lab.examples import Example
-from rcb_lmms.lab.packing import Packed, Prompted, pack
 from rcb_lmms.lab.prompts import LETTERS, Question
 from rcb_lmms.lab.questions import plural
 from rcb_lmms.lab.scenes import COLOURS, GRID, KINDS
-from rcb_lmms.lab.views import NEWLINE, TEXT, View, make_view, objects_of
+from training import examples
+from training.examples import Example
+from training.packing import Packed, Prompted, pack
+from training.views import NEWLINE, TEXT, View, make_view, objects_of
 
 __all__ = ["FeaturePool", "Wording", "answer_loss", "draw_examples", "make_view", "naming_loss", "pack_views"]
 
@@ -89,7 +89,7 @@ class FeaturePool:
     def _compute(self, keys: list[tuple]) -> np.ndarray:
         import torch
 
-        from rcb_lmms.lab.vision import preprocess, read_tower
+        from training.vision import preprocess, read_tower
 
         pixels = preprocess(np.stack([examples.pixels_of(key) for key in keys])).to(self._device)
         with torch.no_grad():

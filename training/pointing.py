@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rcb_lmms.lab.packing import Packed
 from rcb_lmms.lab.prompts import LETTERS
 from rcb_lmms.lab.scenes import SceneObject
+from training.packing import Packed
 
 # The second layer is the first in which a noun can know its adjective.
 NOUN_LAYER, NAME_LAYER, OPTION_LAYER = 1, 2, 3

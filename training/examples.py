@@ -13,7 +13,7 @@ import numpy as np
 
 from rcb_lmms.lab.moving import FRAMES, MovingScene, make_moving_scene
 from rcb_lmms.lab.scenes import GRID, Scene, SceneObject, make_large_scene, make_scene
-from rcb_lmms.lab.tower import GRAZED
+from training.tower import GRAZED
 
 POOLED = GRID // 2
 

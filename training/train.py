@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import UserError, exit_on_user_error
 from rcb_lmms.files import append_jsonl, write_atomic
 
 
@@ -73,7 +75,8 @@ def train(
     Raises:
         UserError: the family is unknown, or the folder cannot be written.
     """
-    from rcb_lmms.lab.checkpoint import FAMILIES, save_checkpoint
+    from rcb_lmms.lab.checkpoint import FAMILIES
+    from training.model import save_checkpoint
 
     out = Path(out)
     if family not in FAMILIES:
@@ -157,9 +160,9 @@ def train_tower(out: Path, stage: Stage, *, family: str, device: str, seed: int)
     """The first stage; returns the trained tower."""
     import torch
 
-    from rcb_lmms.lab.checkpoint import starting_model
-    from rcb_lmms.lab.tower import batch_of, make_heads, tower_loss
-    from rcb_lmms.lab.vision import VISION_WIDTH, make_tower, preprocess
+    from training.model import starting_model
+    from training.tower import batch_of, make_heads, tower_loss
+    from training.vision import VISION_WIDTH, make_tower, preprocess
 
     torch.manual_seed(seed)
     modules = torch.nn.ModuleDict({"tower": make_tower(family), "heads": make_heads(VISION_WIDTH)}).to(device)
@@ -181,7 +184,7 @@ def _untaught(tower, family: str, device: str, seed: int):
     """A model whose language model starts afresh behind a trained tower, and its processor."""
     import torch
 
-    from rcb_lmms.lab.checkpoint import make_model, make_processor
+    from training.model import make_model, make_processor
 
     torch.manual_seed(seed + 1)
     processor = make_processor(family)
@@ -194,10 +197,10 @@ def train_language(out: Path, stage: Stage, model, processor, *, family: str, se
     """One stage of the language model, in place, on scenes the tower was not trained on."""
     import torch
 
-    from rcb_lmms.lab import asking
-    from rcb_lmms.lab import language as lab
-    from rcb_lmms.lab.packing import run_packed
-    from rcb_lmms.lab.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing, placed
+    from training import asking
+    from training import language as lab
+    from training.packing import run_packed
+    from training.pointing import NAME_LAYER, NOUN_LAYER, OPTION_LAYER, Pointing, placed
 
     benchmarks = stage.name == BENCHMARKS.name
     ask = asking.benchmarks if benchmarks else asking.first
@@ -255,8 +258,8 @@ def _evaluator(family: str, model, pool, wording, ask):
     """Accuracy on held-out examples by kind of question, unpruned and at a quarter, as a callable for the log."""
     import torch
 
-    from rcb_lmms.lab import language as lab
-    from rcb_lmms.lab.packing import run_packed
+    from training import language as lab
+    from training.packing import run_packed
 
     def evaluate() -> dict[str, dict[str, float]]:
         table = {}
@@ -277,3 +280,19 @@ def _evaluator(family: str, model, pool, wording, ask):
         return table
 
     return evaluate
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the log and the state of a resumed run.")],
+    family: Annotated[str, typer.Option(help="llava, llava_next or llava_onevision.")] = "llava",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: int = 0,
+) -> None:
+    """Train a family's laboratory model. Killed at any moment, the same command continues to the same weights."""
+    with exit_on_user_error():
+        typer.echo(f"wrote {train(out, family=family, device=device, seed=seed)}")
+        typer.echo(f"next: python -m training.check --model {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
