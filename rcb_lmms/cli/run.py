@@ -13,11 +13,15 @@ app = typer.Typer()
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for records, samples, table and pictures.")] = Path("quickstart"),
+    images: Annotated[
+        int, typer.Option(help="Images of POPE, 18 questions each, and of each MME subtask; fewer are faster.", min=1)
+    ] = 60,
 ) -> None:
     """Compare all methods on the laboratory model: one table, one plot, pictures of kept tokens. About five minutes."""
+    from rcb_lmms.quickstart import TASKS
     from rcb_lmms.quickstart import quickstart as run
 
-    run(out)
+    run(out, sizes=dict.fromkeys(TASKS, images))
 
 
 @app.command()
