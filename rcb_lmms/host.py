@@ -16,7 +16,7 @@ from rcb_lmms import errors
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import unwritable, write_atomic
 from rcb_lmms.local_videos import use_local_videos
-from rcb_lmms.models import invocation
+from rcb_lmms.models.command import check_command
 from rcb_lmms.models.invocation import argument, configured_runs
 from rcb_lmms.resources import data_dir
 
@@ -42,7 +42,7 @@ def main() -> None:
     with errors.exit_on_user_error(), contextlib.ExitStack() as stack:
         if not _names_include_path():
             sys.argv += ["--include_path", str(data_dir("tasks"))]
-        _check_arguments()
+        check_command()
         started = time.time()
         problems = _watch_errors()
         from rcb_lmms.models.ledger import RUNS
@@ -98,23 +98,6 @@ def _alone_in(output: Path) -> Iterator[None]:
 def _names_include_path() -> bool:
     """Whether the command line or its configuration file chooses an include path, which ours must not replace."""
     return argument("--include_path") is not None or any("include_path" in run for run in configured_runs())
-
-
-def _check_arguments() -> None:
-    """Refuse what an entry of this package cannot run with before tasks are read and lmms-eval is loaded.
-
-    Raises:
-        UserError: a response cache, or model_args that are refused.
-    """
-    from rcb_lmms.models import PARTS
-
-    runs = invocation.asked_runs()
-    if runs:
-        invocation.refuse_response_cache()
-        from rcb_lmms.models.arguments import resolve
-
-        for model, arguments in runs:
-            resolve(*PARTS[model], arguments)
 
 
 def _watch_errors() -> list[str]:

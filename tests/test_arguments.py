@@ -14,6 +14,8 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.models import PARTS, entries
 from rcb_lmms.models.argument_types import argument_types, parse_arguments
 from rcb_lmms.models.arguments import resolve
+from rcb_lmms.models.command import check_command, task_words
+from rcb_lmms.runs import make_task_manager
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -120,17 +122,43 @@ def test_model_args_and_lmms_evals_own_argument_may_both_give_a_batch_size(monke
     assert "batch_size=4 in model_args counts, not --batch_size 2" in caplog.text
 
 
-def test_the_command_refuses_within_seconds():
+@pytest.mark.parametrize(
+    ("words", "found", "next_step"),
+    [
+        (["--model_args", "keep=nan", "--tasks", "pope"], "keep=nan", "correct keep"),
+        (["--tasks", "poppe"], "no such task", "--tasks pope"),
+        (["--tasks", ""], "--tasks ''", "--tasks pope"),
+        ([], "no --tasks", "--tasks pope"),
+        (["--tasks", "pope", "--limit", "0"], "no number", "--limit 8"),
+        (["--tasks", "pope", "--limit=nan"], "no number", "--limit 8"),
+        (["--tasks", "pope", "--limit", "-2"], "no number", "--limit 8"),
+    ],
+)
+def test_the_command_refuses_within_seconds(words, found, next_step):
     """Before tasks are read, and before lmms-eval, torch or transformers are loaded."""
     code = (
-        "import sys\nfrom rcb_lmms import host\n"
-        "sys.argv = ['lmms_eval', '--model', 'llava_rcb', '--model_args', 'keep=nan', '--tasks', 'pope']\n"
+        "import sys\nfrom rcb_lmms import host\nsys.argv[:1] = ['lmms_eval', '--model', 'llava_random']\n"
         "try: host.main()\n"
         "finally: print({'torch', 'transformers', 'lmms_eval', 'datasets'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "set()\n")
-    assert "found:   keep=nan" in done.stderr
+    told = dict(line.split(":", 1) for line in done.stderr.splitlines()[1:5])
+    assert found in told["found"]
+    assert next_step in told["next"]
+
+
+def test_a_misspelt_entry_is_answered_with_the_nearest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lmms_eval", "--model", "llava_rbc", "--tasks", "pope"])
+    with pytest.raises(UserError) as refusal:
+        check_command()
+    assert "llava_rcb" in refusal.value.next_step
+    monkeypatch.setattr(sys, "argv", ["lmms_eval", "--model", "llava_onevision", "--tasks", "pope"])
+    check_command()  # lmms-eval's own
+
+
+def test_no_task_of_lmms_eval_or_ours_is_called_misspelt():
+    assert set(make_task_manager().all_tasks) <= task_words([])
 
 
 def test_the_readme_names_every_argument():
