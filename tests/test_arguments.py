@@ -126,6 +126,9 @@ def test_model_args_and_lmms_evals_own_argument_may_both_give_a_batch_size(monke
     ("words", "found", "next_step"),
     [
         (["--model_args", "keep=nan", "--tasks", "pope"], "keep=nan", "correct keep"),
+        (["--tasks", "pope", "--gen_kwargs", "temperature=-1"], "temperature=-1", "--gen_kwargs"),
+        (["--tasks", "pope", "--gen_kwargs", "top_p=nan"], "top_p=nan", "--gen_kwargs"),
+        (["--tasks", "pope", "--gen_kwargs", "tempreature=1"], "tempreature, which is unknown", "--gen_kwargs"),
         (["--tasks", "poppe"], "no such task", "--tasks pope"),
         (["--tasks", ""], "--tasks ''", "--tasks pope"),
         ([], "no --tasks", "--tasks pope"),

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import checked
 
 DEFAULT_NEW_TOKENS = 1024
 
@@ -49,16 +49,14 @@ class Generation:
         Raises:
             UserError: an argument that is not supported, or a value out of range.
         """
-        try:
-            given = _Arguments.model_validate(dict(arguments))
-        except ValidationError as error:
-            raise UserError(
-                wanted=f"generate for task {task} with {', '.join(f'{k}={v}' for k, v in arguments.items())}"[:300],
-                found="; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()),
-                allowed="max_new_tokens from 1, temperature from 0, top_p from 0 to 1, top_k from 0, num_beams from 1, "
-                "repetition_penalty above 0, do_sample, until",
-                next_step="correct the task's generation_kwargs, or --gen_kwargs",
-            ) from error
+        given = checked(
+            _Arguments,
+            dict(arguments),
+            wanted=f"generate for task {task} with {', '.join(f'{k}={v}' for k, v in arguments.items())}"[:300],
+            allowed="max_new_tokens from 1, temperature from 0, top_p from 0 to 1, top_k from 0, num_beams from 1, "
+            "repetition_penalty above 0, do_sample, until",
+            next_step="correct the task's generation_kwargs, or --gen_kwargs",
+        )
         options = given.model_dump(exclude_none=True, exclude={"until", "image_aspect_ratio"})
         options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
         # Explicit, because OneVision's generation_config would penalise repetition under greedy decoding too.

@@ -23,18 +23,22 @@ def check_command() -> None:
     """Refuse what no run of an entry of this package can do.
 
     Raises:
-        UserError: a misspelt entry, a response cache, model_args that are refused, no or misspelt tasks, a limit that
-            is none.
+        UserError: a misspelt entry, a response cache, model_args or gen_kwargs that are refused, no or misspelt tasks,
+            a limit that is none.
     """
     _check_model(argument("--model"))
     runs = asked_runs()
     if not runs:
         return
     refuse_response_cache()
+    from rcb_lmms.engine.options import Generation
+    from rcb_lmms.models.argument_types import parse_arguments
     from rcb_lmms.models.arguments import resolve
 
     for model, arguments in runs:
         resolve(*PARTS[model], arguments)
+    if generation := argument("--gen_kwargs"):
+        Generation.parse("of this command", parse_arguments(generation))
     own = {"tasks": argument("--tasks"), "limit": argument("--limit"), "include_path": argument("--include_path")}
     for run in configured_runs() or [{}]:
         asked = {name: run.get(name) if value is None else value for name, value in own.items()}
@@ -87,7 +91,7 @@ def _check_tasks(tasks: Any, include_path: Any) -> None:
     known = task_words([include_path] if isinstance(include_path, str) else [])
     unknown = [name for name in names if not os.path.isfile(name) and not fnmatch.filter(known, name)]
     if unknown:
-        near = [word for name in unknown for word in get_close_matches(name, known, n=2)]
+        near = [word for name in unknown for word in get_close_matches(name, known, n=1)]
         raise UserError(
             wanted=f"the tasks {', '.join(unknown)}",
             found="no such task or group in lmms-eval, in this package or in --include_path",
