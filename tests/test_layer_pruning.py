@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcb_lmms.engine import prune_at_layer
+from rcb_lmms.engine import prune_at_layer, prune_in_layers
 from rcb_lmms.errors import UserError
 
 LENGTH, NEW = 14, 6
@@ -39,24 +39,27 @@ def count_hooks(model):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-def reference(model, ids, layer, span, keep):
-    """One prompt through the layers by hand: eager row, topk, gather, original rotary positions, causal mask."""
-    decoder = model.get_decoder()
-    hidden = decoder.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1])[None]
-    kept = None
+def reference(model, ids, steps, span, contiguous=False, prompt=None):
+    """One prompt through the layers by hand: eager rows, sort, gather, rotary positions, causal mask.
+
+    Returns logits, and what every step keeps by the attention of position `prompt - 1`; what follows it was decoded.
+    """
+    decoder, steps, kept = model.get_decoder(), dict(steps), []
+    hidden, where, left = decoder.embed_tokens(ids), list(range(ids.shape[1])), list(range(*span))
+    numbers, last = where, (prompt or ids.shape[1]) - 1
+    model.set_attn_implementation("eager")
     for index, block in enumerate(decoder.layers):
-        if index == layer:
-            start, stop = span
-            row = model(ids, output_attentions=True).attentions[layer - 1][0, :, -1, start:stop].float().mean(0)
-            best = sorted(range(stop - start), key=lambda i: (-row[i].item(), i))[:keep]
-            kept = sorted(start + i for i in best)
-            positions = torch.tensor([p for p in range(ids.shape[1]) if not start <= p < stop or p in kept])[None]
-            hidden = hidden[:, positions[0]]
-        length = hidden.shape[1]
-        causal = torch.full((length, length), torch.finfo(hidden.dtype).min).triu(1)[None, None]
-        rotary = decoder.rotary_emb(hidden, positions)
-        hidden = block(hidden, attention_mask=causal, position_embeddings=rotary, position_ids=positions)
+        if index in steps:
+            left = sorted(sorted(left, key=lambda i: (-row[where.index(i)], i))[: steps[index]])
+            kept.append(left)
+            stays = [p for p, i in enumerate(where) if i not in range(*span) or i in left]
+            hidden, where, numbers = hidden[:, stays], [where[p] for p in stays], [numbers[p] for p in stays]
+            numbers = list(range(len(where))) if contiguous else numbers
+        causal = torch.full((len(where), len(where)), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+        positions = torch.tensor([numbers])
+        own = {"attention_mask": causal, "position_embeddings": decoder.rotary_emb(hidden, positions)}
+        row = block.self_attn(block.input_layernorm(hidden), **own)[1][0, :, where.index(last)].mean(0).tolist()
+        hidden = block(hidden, position_ids=positions, **own)
     return model.lm_head(decoder.norm(hidden)), kept
 
 
@@ -80,8 +83,7 @@ def test_scores_are_the_last_row_of_eager_attention(model, batch):
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_drop_equals_a_loop_over_the_layers(model, batch, layer, implementation):
     ids = batch["input_ids"][:1]
-    model.set_attn_implementation("eager")
-    expected, kept = reference(model, ids, layer, SPANS[0], KEEP)
+    expected, (kept,) = reference(model, ids, [(layer, KEEP)], SPANS[0])
     model.set_attn_implementation(implementation)
     with prune_at_layer(model, layer=layer, keep=KEEP, spans=SPANS[0]) as pruning:
         logits = model(ids, use_cache=False).logits
@@ -135,6 +137,54 @@ def test_a_padded_batch_equals_its_rows_one_by_one(model, batch, by, mode):
         torch.testing.assert_close(together.scores[index], alone.scores[0], atol=1e-6, rtol=1e-4)
 
 
+SCHEDULES = [[(1, 5), (3, 2)], [(1, 6), (2, 4), (3, 1)], [(2, 5), (3, 0)]]
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("steps", SCHEDULES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_schedule_equals_a_loop_over_the_layers_and_decodes_with_its_cache(
+    model, batch, steps, positions, implementation
+):
+    ids, more = batch["input_ids"][:1], torch.tensor([[7, 8, 9]])
+    contiguous = positions == "contiguous"
+    expected, kept = reference(model, torch.cat([ids, more], 1), steps, SPANS[0], contiguous, prompt=LENGTH)
+    model.set_attn_implementation(implementation)
+    with prune_in_layers(model, steps=steps, spans=SPANS[0], positions=positions) as pruning:
+        first = model(ids, use_cache=True)
+        one = model(more[:, :1], past_key_values=first.past_key_values).logits
+        rest = model(more[:, 1:], past_key_values=first.past_key_values).logits
+    assert [step.kept[0].tolist() for step in pruning.steps] == kept
+    assert first.logits.shape[1] == LENGTH - 7 + steps[-1][1]
+    torch.testing.assert_close(torch.cat([first.logits, one, rest], 1), expected, atol=3e-5, rtol=1e-4)
+    other = reference(model, torch.cat([ids, more], 1), steps, SPANS[0], not contiguous, prompt=LENGTH)[0]
+    assert (other[0, -1] - expected[0, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_a_schedule_for_a_padded_batch_equals_its_rows_one_by_one(model, batch, positions):
+    steps = [(1, [6, 3]), (2, [2, 3]), (3, [0, 1])]
+    with prune_in_layers(model, steps=steps, spans=SPANS, positions=positions) as together:
+        tokens = generate(model, **batch)[:, -NEW:]
+    for index, padding in enumerate([0, 3]):
+        span = tuple(end - padding for end in SPANS[index])
+        own = [(layer, keep[index]) for layer, keep in steps]
+        with prune_in_layers(model, steps=own, spans=span, positions=positions) as alone:
+            assert torch.equal(generate(model, **row(batch, index, padding))[0, -NEW:], tokens[index])
+        for both, single in zip(together.steps, alone.steps, strict=True):
+            assert both.kept[index].tolist() == (single.kept[0] + padding).tolist()
+            torch.testing.assert_close(both.scores[index], single.scores[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_schedule_by_masks_gives_the_logits_of_drop(model, batch):
+    outputs = {}
+    for mode in ("drop", "mask"):
+        with prune_in_layers(model, steps=[(1, 5), (3, 2)], spans=SPANS, mode=mode):
+            outputs[mode] = model(**batch).logits[:, -1], generate(model, **batch)
+    torch.testing.assert_close(outputs["drop"][0], outputs["mask"][0], atol=2e-5, rtol=1e-4)
+    assert torch.equal(outputs["drop"][1], outputs["mask"][1])
+
+
 def test_caches_hold_what_each_layer_sees(model, batch):
     with prune_at_layer(model, layer=2, keep=KEEP, spans=SPANS):
         cache = model(**batch, use_cache=True).past_key_values
@@ -177,8 +227,7 @@ def test_without_a_cache_every_step_prunes_anew(tiny_llama, batch):
         latest = pruning.kept[0]
     expected = ids
     for _ in range(NEW):
-        tiny_llama.set_attn_implementation("eager")
-        logits, kept = reference(tiny_llama, expected, 2, SPANS[0], KEEP)
+        logits, (kept,) = reference(tiny_llama, expected, [(2, KEEP)], SPANS[0])
         logits[:, -1, 2] = -torch.inf  # min_new_tokens forbids the end
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(tokens, expected)
@@ -295,6 +344,24 @@ def test_half_precision_is_finite(tiny_llama, batch):
 def test_refusals(tiny_llama, batch, options, text):
     settings = {"layer": 2, "keep": KEEP, "spans": SPANS} | options
     with pytest.raises(UserError, match=text), prune_at_layer(tiny_llama, **settings):
+        tiny_llama(**batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"steps": []}, "there are none"),
+        ({"steps": [(2, 3), (2, 1)]}, "by rising layer"),
+        ({"steps": [(3, 3), (1, 1)]}, "by rising layer"),
+        ({"steps": [(1, 3), (4, 1)]}, "decoder of 4 layers"),
+        ({"steps": [(1, 3), (2, 4)]}, "rows of 3, 3 candidates"),
+        ({"positions": "contiguous", "mode": "mask"}, "contiguous with mode=drop"),
+        ({"positions": "new"}, "original, or contiguous"),
+    ],
+)
+def test_schedules_that_cannot_be_met_are_refused(tiny_llama, batch, options, text):
+    settings = {"steps": [(2, KEEP)], "spans": SPANS} | options
+    with pytest.raises(UserError, match=text), prune_in_layers(tiny_llama, **settings):
         tiny_llama(**batch)
 
 

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from rcb_lmms.lazy import on_first_use
 
-__getattr__, __dir__ = on_first_use(globals(), {"prune_at_layer": "rcb_lmms.engine.layer_pruning"})
+__getattr__, __dir__ = on_first_use(
+    globals(), dict.fromkeys(("prune_at_layer", "prune_in_layers"), "rcb_lmms.engine.layer_pruning")
+)

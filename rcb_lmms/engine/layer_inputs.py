@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,30 @@ def find_decoder(model: nn.Module) -> nn.Module:
             )
         decoder = inner
     return decoder
+
+
+def check_schedule(decoder: nn.Module, steps: Sequence[int], mode: str, positions: str) -> None:
+    """Refuse layers, modes and kinds of attention that pruning does not know.
+
+    Raises:
+        UserError: naming the known ones.
+    """
+    if not steps or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        raise UserError(
+            wanted="a schedule of pruning",
+            found=f"steps behind layers {', '.join(map(str, steps)) or 'of which there are none'}",
+            allowed="one step or more, by rising layer",
+            next_step="steps=[(2, 144)] prunes once, behind two layers",
+        )
+    if positions not in ("original", "contiguous") or (positions == "contiguous" and mode != "drop"):
+        raise UserError(
+            wanted="rotary positions of what stays",
+            found=f"{positions} with mode={mode}",
+            allowed="original, or contiguous with mode=drop",
+            next_step="positions=original",
+        )
+    for layer in steps:
+        check_decoder(decoder, layer, mode)
 
 
 def check_decoder(decoder: nn.Module, layer: int, mode: str) -> None:

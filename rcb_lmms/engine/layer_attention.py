@@ -1,0 +1,64 @@
+"""Attention of one row, and masks, computed as the decoder's own layers do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def last_row_attention(
+    attention: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], valid: Tensor
+) -> Tensor:
+    """Softmax attention of the last position to all, mean over query heads, `(b, n)` float32.
+
+    The row that eager attention would return, at the cost of one key projection instead of all `n` rows.
+
+    Args:
+        attention: a Llama-like attention module, with optional biases and query and key norms.
+        hidden: `(b, n, d)` its input, after the layer's norm.
+        position_embeddings: cosine and sine, `(b or 1, n, head width)`.
+        valid: `(b, n)` False for padding.
+    """
+    queries = _heads(attention, "q", hidden[:, -1:])  # (b, h, 1, e)
+    keys = _heads(attention, "k", hidden)  # (b, g, n, e)
+    cosine, sine = (part[:, None] for part in position_embeddings)
+    queries = _rotate(queries, cosine[:, :, -1:], sine[:, :, -1:]).float()
+    keys = _rotate(keys, cosine, sine).float()
+    queries = queries.reshape(len(keys), keys.shape[1], -1, keys.shape[3])  # query heads grouped by their key head
+    logits = queries @ keys.transpose(2, 3) * attention.scaling
+    logits = logits.masked_fill(~valid.to(logits.device)[:, None, None], -torch.inf)
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def _heads(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
+    states = getattr(attention, f"{kind}_proj")(hidden)
+    states = states.view(*hidden.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{kind}_norm", None)
+    return (states if norm is None else norm(states)).transpose(1, 2)
+
+
+def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def gather(states: Tensor, index: Tensor) -> Tensor:
+    """Positions `index (b, r)` of `states (b or 1, n, ...)`."""
+    index = index.to(states.device)
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return states.expand(len(index), *states.shape[1:])[rows, index]
+
+
+def causal_mask(keys: Tensor, valid: Tensor, queries: Tensor, hidden: Tensor, implementation: str) -> Tensor | None:
+    """The mask `(b, 1, q, k)` in the form the attention wants: causal by original position, padding unseen."""
+    plain = bool(valid.all()) and queries.shape[1] in (1, keys.shape[1])
+    if plain and implementation == "sdpa":
+        return None  # its kernels are faster with no mask, and causal by themselves
+    keys, valid, queries = (part.to(hidden.device) for part in (keys, valid, queries))
+    allowed = valid[:, None] & (keys[:, None] <= queries[:, :, None])
+    # A padding query sees nothing, and a softmax over nothing is NaN in some kernels; nobody reads what it sees.
+    allowed |= ~allowed.any(dim=2, keepdim=True)
+    allowed = allowed[:, None]
+    if implementation == "sdpa":
+        return allowed
+    return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
