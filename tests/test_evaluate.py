@@ -359,6 +359,8 @@ def test_a_task_of_ones_own_is_evaluated(write_config, run, tmp_path, capsys):
     assert read_record(tmp_path / "results" / "random" / "mine")["totals"]["questions"] == 3
     named = write_config(("named", "llava_random", ",keep=3", "mine"), file="named.yaml", include_path=str(home))
     assert run(named) == []
+    shown = CliRunner().invoke(app, ["eval", named, "--out", str(tmp_path / "results")])
+    assert "next: read " in shown.stdout  # and no table, which would refuse
 
 
 @pytest.mark.parametrize("words", [("--limit", "4"), ()])

@@ -84,7 +84,9 @@ def evaluate_configs(
     ] = None,
 ) -> None:
     """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
+    from rcb_lmms.configs import read_configs
     from rcb_lmms.evaluate import evaluate
+    from rcb_lmms.report.collect import BENCHMARKS
 
     problems = evaluate(
         configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size, include_path=include_path
@@ -97,7 +99,12 @@ def evaluate_configs(
     if limit is not None:
         typer.echo(f"next: the same command without --limit; the runs in {out / f'limit-{limit}'} are in no table")
         return
-    printed = {Path(config).name.partition("_")[0].partition("-") for config in configs}
-    tables = [f", or rcb table {out} --{'figure' if kind == 'figure' else 'paper'} {number}"
-              for kind, _, number in sorted(printed) if kind in ("table", "figure") and number.isdecimal()]  # fmt: skip
-    typer.echo(f"next: rcb table {out}" + "".join(tables))
+    names = sorted({Path(config).name.partition("_")[0].partition("-") for config in configs})
+    tables = [
+        f"rcb table {out} --{'figure' if kind == 'figure' else 'paper'} {number}"
+        for kind, _, number in names
+        if kind in ("table", "figure") and number.isdecimal()
+    ]
+    if {entry.task for entry in read_configs(configs)} & BENCHMARKS.keys():
+        tables.insert(0, f"rcb table {out}")
+    typer.echo("next: " + (", or ".join(tables) or f"read {out}/NAME/TASK/results.json; rcb table knows no such task"))
