@@ -17,6 +17,7 @@ from rcb_lmms.engine.questions import Question
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.pruners import PRUNERS, make_pruner
+from rcb_lmms.pruners.base import LayerStep
 
 FAST = {"max_new_tokens": 4}
 
@@ -170,6 +171,32 @@ def test_a_trace_shows_what_the_answers_were_made_from(family):
         assert unpack_kept(answer.row.kept[0])[0].tolist() == kept.tolist()
     assert trace.layer_scores[2].shape == (16,)
     assert trace.layer_scores[2].argsort(descending=True)[:5].sort().values.tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("numbering", ["original", "contiguous"])
+def test_a_schedule_of_several_steps_is_run_counted_and_traced(family, numbering):
+    class Pyramid(PRUNERS["fastv"]):
+        reprunes = False
+        positions = numbering
+
+        def schedule(self, native, layers, shares=1, encoded=0):
+            return [LayerStep(1, native // 2), LayerStep(3, native // 4)]
+
+    own = Session(family, Pyramid(Budget.tokens(5)), batch_size=3)
+    questions = [*asked(2), Question("Nothing to see?")]
+    answers = own.answer(questions, **FAST)
+    alone = [Session(family, own.pruner).answer([question], **FAST)[0] for question in questions]
+    assert [answer.text for answer in answers] == [answer.text for answer in alone]
+    row, text = answers[0].row, answers[2].row
+    assert own.shape.layers == 4
+    assert (row.visual_kept, row.visual_layer_average) == (4, (16 + 8 + 8 + 4) / 4)
+    flops = [own.shape.layer_flops(row.input_tokens - 16 + count) for count in (16, 8, 8, 4)]
+    assert row.prefill_tflops == sum(flops) / 1e12
+    assert (text.visual_kept, text.visual_layer_average, text.prefill_tflops > 0) == (0, 0, True)
+    trace = own.trace(questions[0])
+    assert {layer: len(kept) for layer, kept in trace.layer_kept.items()} == {1: 8, 3: 4}
+    assert set(trace.layer_kept[3].tolist()) < set(trace.layer_kept[1].tolist())
+    assert unpack_kept(row.kept[0])[0].tolist() == trace.layer_kept[3].tolist()
 
 
 def test_sessions_share_what_was_encoded(family):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.layer_pruning import LayerPruning, prune_at_layer
+from rcb_lmms.engine.layer_pruning import LayerPruning, prune_in_layers
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.packed import Prompt
@@ -30,14 +31,14 @@ class Generated:
         texts: one per prompt.
         output_tokens: tokens generated for each, the end token included.
         finite: whether all logits of each were numbers.
-        steps: what a layer method did to each prompt; `None` without visual tokens, and without a layer method.
-        layer_kept: for each, kept positions among its visual tokens, `(k,)`, behind a layer method's step.
+        steps: what a layer method did to each prompt; empty without visual tokens, and without a layer method.
+        layer_kept: for each, kept positions among its visual tokens, `(k,)`, behind a layer method's last step.
     """
 
     texts: list[str]
     output_tokens: list[int]
     finite: list[bool]
-    steps: list[LayerStep | None]
+    steps: list[list[LayerStep]]
     layer_kept: list[Tensor | None]
 
 
@@ -94,17 +95,13 @@ def generate(
 
     embeds, mask, starts = left_pad(prompts)
     layered = pruner is not None and pruner.stage == "layers"
-    steps = [layer_step(pruner, prompt, family.layers, per) if layered and prompt.spans else None for prompt in prompts]
+    steps = [layer_steps(pruner, prompt, family.layers, per) if layered and prompt.spans else [] for prompt in prompts]
     watch = _Finite(len(prompts))
     with contextlib.ExitStack() as stack, torch.inference_mode():
         pruning = None
         if any(steps):
             spans = [prompt.spans_from(start) for prompt, start in zip(prompts, starts, strict=True)]
-            keep = [step.keep if step else 0 for step in steps]
-            layer = next(step.layer for step in steps if step)
-            pruning = stack.enter_context(
-                prune_at_layer(family.model, layer=layer, keep=keep, spans=spans, mode=pruner.mode)
-            )
+            pruning = stack.enter_context(prune_prompts(family.model, pruner, steps, spans))
         pad = family.tokenizer.pad_token_id or family.tokenizer.eos_token_id
         fixed = {"pad_token_id": pad, "logits_processor": [watch]}
         if pruning is not None and pruner.reprunes:
@@ -189,10 +186,18 @@ def among_visual(prompt: Prompt, positions: Tensor) -> Tensor:
     return torch.searchsorted(candidates, positions)
 
 
-def layer_step(pruner: Pruner, prompt: Prompt, layers: int, per: str) -> LayerStep:
-    """The one step of a layer method's schedule for a prompt."""
-    (step,) = pruner.schedule(prompt.retained, layers, shares(prompt, per), prompt.encoded)
-    return step
+def layer_steps(pruner: Pruner, prompt: Prompt, layers: int, per: str) -> list[LayerStep]:
+    """A layer method's schedule for a prompt."""
+    return pruner.schedule(prompt.retained, layers, shares(prompt, per), prompt.encoded)
+
+
+def prune_prompts(
+    model: Any, pruner: Pruner, steps: Sequence[Sequence[LayerStep]], spans: Sequence[Sequence[tuple[int, int]]]
+) -> AbstractContextManager[LayerPruning]:
+    """Prune inside the decoder by the schedules of a batch's prompts; those without images have an empty one."""
+    longest = max(steps, key=len)
+    schedule = [(step.layer, [own[index].keep if own else 0 for own in steps]) for index, step in enumerate(longest)]
+    return prune_in_layers(model, steps=schedule, spans=spans, mode=pruner.mode, positions=pruner.positions)
 
 
 def shares(prompt: Prompt, per: str) -> int:

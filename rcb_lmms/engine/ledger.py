@@ -48,28 +48,27 @@ def ledger_row(
     output_tokens: int,
     shape: DecoderShape,
     pruner: Pruner,
-    step: LayerStep | None,
+    steps: Sequence[LayerStep],
     shares: int,
     kept: tuple[str, ...] = (),
 ) -> LedgerRow:
-    """The costs of one prompt; `step` is what a layer method did to it."""
-    retained, average, pruned, capped = prompt.retained, float(prompt.retained), (None, None), False
-    if step is not None:
-        retained = step.keep
-        capped = pruner.budget.kind == "tokens" and pruner.budget.value * shares > prompt.retained
-        average = (step.layer * prompt.retained + (shape.layers - step.layer) * retained) / shape.layers
-        # The candidates are the visual tokens that stand in the prompt; newlines between them stay.
-        pruned = (step.layer, len(prompt) - prompt.retained + retained)
+    """The costs of one prompt; `steps` are what a layer method did to it."""
+    seen = [prompt.retained] * shape.layers  # visual tokens of each layer
+    for step in steps:
+        seen[step.layer :] = [step.keep] * (shape.layers - step.layer)
+    capped = bool(steps) and pruner.budget.kind == "tokens" and pruner.budget.value * shares > prompt.retained
+    # The candidates are the visual tokens that stand in the prompt; newlines between them stay.
+    flops = sum(shape.layer_flops(len(prompt) - prompt.retained + count) for count in seen)
     return LedgerRow(
         input_tokens=len(prompt),
         output_tokens=output_tokens,
         visual_native=prompt.native,
-        visual_kept=retained,
+        visual_kept=seen[-1],
         visual_newlines=prompt.newlines,
         visual_views=prompt.views,
-        visual_layer_average=average,
+        visual_layer_average=sum(seen) / shape.layers,
         visual_capped=int(capped),
-        prefill_tflops=shape.prefill_flops(len(prompt), *pruned) / 1e12,
+        prefill_tflops=flops / 1e12,
         kept=kept,
     )
 

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.cost import DecoderShape
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.generation import Generated, among_visual, generate, layer_step, left_pad, out_of_memory, shares
-from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.generation import (
+    Generated,
+    among_visual,
+    generate,
+    layer_steps,
+    left_pad,
+    out_of_memory,
+    prune_prompts,
+    shares,
+)
 from rcb_lmms.engine.ledger import ledger_row, pack_kept
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Answer, Question, Turns, content_of, said
@@ -234,10 +242,10 @@ class Session:
             return Answer(error="the language model's logits are not finite numbers")
         if self.context is not None and len(prompt) + output > self.context:
             return _failed(self._too_long(f"a prompt of {len(prompt)} tokens and an answer of {output}"))
-        step, kept = generated.steps[row], ready.kept
-        if step is not None:
+        steps, kept = generated.steps[row], ready.kept
+        if steps:
             kept = (pack_kept(generated.layer_kept[row].tolist(), prompt.retained),)
-        own = ledger_row(prompt, output, self.shape, self.pruner, step, shares(prompt, self.per), kept)
+        own = ledger_row(prompt, output, self.shape, self.pruner, steps, shares(prompt, self.per), kept)
         return Answer(generation.cut(generated.texts[row]), own, asked=ready.asked)
 
     # What was kept
@@ -255,16 +263,16 @@ class Session:
         layer_kept, layer_scores = {}, {}
         if self.pruner.stage == "layers" and visuals:
             prompt = self.family.embed(self.family.chat(messages), self.encoder.packed(visuals, self.pruner))
-            step = layer_step(self.pruner, prompt, self.family.layers, self.per)
+            steps = layer_steps(self.pruner, prompt, self.family.layers, self.per)
             embeds, mask, _ = left_pad([prompt])
-            spans = [list(prompt.spans)]
             with (
                 torch.inference_mode(),
-                prune_at_layer(self.family.model, layer=step.layer, keep=step.keep, spans=spans) as pruning,
+                prune_prompts(self.family.model, self.pruner, [steps], [list(prompt.spans)]) as pruning,
             ):
                 self.family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)
-            layer_kept[step.layer] = among_visual(prompt, pruning.kept[0])
-            layer_scores[step.layer] = pruning.scores[0]
+            for step in pruning.steps:
+                layer_kept[step.layer] = among_visual(prompt, step.kept[0])
+                layer_scores[step.layer] = step.scores[0]
         return Trace(views, selections, layer_kept, layer_scores)
 
     def _timed(self, stage: str) -> _Timer:

@@ -103,6 +103,8 @@ class Pruner(ABC):
         rewrites: whether `Selection.features` holds merged tokens.
         ascending: whether kept tokens come in raster order.
         reprunes: of a layer method, whether every decoded token prunes the prompt anew.
+        mode: of a layer method, `drop` or `mask`; see `rcb_lmms.engine.prune_in_layers`.
+        positions: of a layer method, `original` or `contiguous`; see there.
         least: tokens that it leaves of a view at least.
         official_options: by family, options of the released code that differ from the class's defaults.
     """
@@ -122,6 +124,8 @@ class Pruner(ABC):
     rewrites: ClassVar[bool] = False
     ascending: ClassVar[bool] = True
     reprunes: ClassVar[bool] = False
+    mode: ClassVar[str] = "drop"
+    positions: ClassVar[str] = "original"
     least: ClassVar[int] = 1
     official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.generation import layer_step, left_pad
-from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.generation import layer_steps, left_pad, prune_prompts
 from rcb_lmms.pruners.views import choose_views
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _where(mask: Tensor) -> frozenset[int]:
 
 
 def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: list[Visual]) -> list[KeptSet]:
-    """What stays of one question, view by view; under FastV, one set over all visual tokens of the prompt.
+    """What stays of one question, view by view; of a layer method, step by step among the prompt's visual tokens.
 
     Args:
         encoder: of the run that answered, whose stored views are those the answer was made from.
@@ -105,7 +104,7 @@ def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: li
     """
     if pruner.stage == "layers":
         prompt = encoder.family.embed(ids, encoder.packed(visuals, pruner))
-        return [_kept_behind_layer(encoder.family, pruner, prompt, encoder.per)] if prompt.spans else []
+        return _kept_in_decoder(encoder.family, pruner, prompt, encoder.per) if prompt.spans else []
     threshold = None
     if pruner.budget is not None and pruner.budget.kind == "threshold":
         threshold = -pruner.budget.value  # scores are minus the redundancy that the budget bounds
@@ -116,20 +115,21 @@ def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: li
     ]
 
 
-def _kept_behind_layer(family: Family, pruner: Pruner, prompt: Prompt, per: str) -> KeptSet:
-    """FastV's choice for one prompt, positions counted among its visual tokens; one prefill."""
+def _kept_in_decoder(family: Family, pruner: Pruner, prompt: Prompt, per: str) -> list[KeptSet]:
+    """A layer method's choices for one prompt, positions counted among what the step before left; one prefill."""
     import torch
 
-    step = layer_step(pruner, prompt, family.layers, per)
+    steps = layer_steps(pruner, prompt, family.layers, per)
     embeds, mask, _ = left_pad([prompt])
     with (
         torch.inference_mode(),
-        prune_at_layer(
-            family.model, layer=step.layer, keep=step.keep, spans=[list(prompt.spans)], mode=pruner.mode
-        ) as pruning,
+        prune_prompts(family.model, pruner, [steps], [list(prompt.spans)]) as pruning,
     ):
         family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)
     candidates = torch.cat([torch.arange(start, stop) for start, stop in prompt.spans])
-    kept = torch.searchsorted(candidates, pruning.kept[0])
-    near = near_the_cut(pruning.scores[0], kept)
-    return KeptSet(len(candidates), frozenset(kept.tolist()), near)
+    sets = []
+    for step in pruning.steps:
+        kept = torch.searchsorted(candidates, step.kept[0])
+        sets.append(KeptSet(len(candidates), frozenset(kept.tolist()), near_the_cut(step.scores[0], kept)))
+        candidates = step.kept[0]
+    return sets

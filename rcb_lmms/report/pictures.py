@@ -124,7 +124,7 @@ def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QU
         )
     trace = Session(family, pruner).trace(Question(question, [Visual((image,), "base")]))
     if trace.layer_kept:
-        (kept,) = trace.layer_kept.values()
+        *_, kept = trace.layer_kept.values()
         return Kept(kept.numpy())
     selection = trace.selections[0][0]
     return Kept(selection.kept.cpu().numpy(), made=len(selection) - len(selection.kept))
