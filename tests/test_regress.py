@@ -216,7 +216,7 @@ def test_behaviour_that_changed_behind_the_same_arguments_is_a_regression(record
 
 def test_a_changed_default_is_named(recorded, manager, capsys, monkeypatch):
     path = recorded("fastv")
-    monkeypatch.setattr("rcb_lmms.pruners.fastv.FastV.__init__.__defaults__", (None, 2, "mask", "rank"))
+    monkeypatch.setattr("rcb_lmms.pruners.fastv.FastV.__init__.__defaults__", (None, 2, "mask", "rank", "official"))
     status, text = check(path, manager, capsys)
     assert (status, "resolved argument pruner.mode: drop -> mask" in text) == (1, True)
     assert "kept sets" not in text
