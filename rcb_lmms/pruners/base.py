@@ -124,10 +124,11 @@ class Pruner(ABC):
     rewrites: ClassVar[bool] = False
     ascending: ClassVar[bool] = True
     reprunes: ClassVar[bool] = False
-    mode: ClassVar[str] = "drop"
     positions: ClassVar[str] = "original"
     least: ClassVar[int] = 1
     official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    # No annotation: FastV makes it a field, whose place among its fields an annotation here would take.
+    mode = "drop"
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
