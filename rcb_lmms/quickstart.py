@@ -13,7 +13,6 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 
 if TYPE_CHECKING:
-    from rcb_lmms.pruners.base import Pruner
     from rcb_lmms.report.collect import Excluded
 
 TASKS = ("pope", "mme")
@@ -181,6 +180,8 @@ def _report(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> list[
 
 def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> None:
     from rcb_lmms.families import load_family
+    from rcb_lmms.families.images import Visual
+    from rcb_lmms.models.arguments import resolve
     from rcb_lmms.report.pictures import kept_tokens_picture
 
     family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
@@ -189,19 +190,12 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
         chosen = {}
         for step in planned:
             if step.arguments.get("keep") == keep and step.method not in chosen:
-                chosen[step.method] = _pruner(step, out / "runs")
+                pruner = resolve(FAMILY, step.method, step.arguments).pruner
+                if pruner.fits_mean:  # on the very images shown: scenes and photographs have no threshold in common
+                    shown = family.encode([Visual((image,), "base") for image in images], pruner.needs)
+                    pruner = pruner.fit([pruner.evidence(view) for (view,) in shown], [1.0] * len(shown), keep)
+                chosen[step.method] = pruner
         kept_tokens_picture(family, chosen, images, out / f"kept_tokens_{keep}.png")
-
-
-def _pruner(step: Step, runs: Path) -> Pruner:
-    """The method as the run had it, fitted to the run's POPE."""
-    from rcb_lmms.calibration.fitting import with_parameters
-    from rcb_lmms.models.arguments import resolve
-    from rcb_lmms.runs import read_record
-
-    pruner = resolve(FAMILY, step.method, step.arguments).pruner
-    calibration = read_record(runs / step.name)["calibrations"].get("pope")
-    return with_parameters(pruner, calibration["fitted"]) if calibration else pruner
 
 
 def example_images() -> list[Any]:
@@ -223,7 +217,7 @@ def index(out: Path) -> str:
         "- `comparisons.csv`: every method against random pruning, task by task, with p-values",
         "- `accuracy.png`, `accuracy.svg`: accuracy over retained visual tokens",
         f"- {', '.join(f'`{name}`' for name in pictures)}: which visual tokens each method keeps "
-        "(rcb and prumerge as fitted to laboratory POPE, so that their counts differ from image to image)",
+        "(rcb and prumerge keep as many on average over the images shown, so that their counts differ)",
         "- `runs/NAME/`: `run.json` (arguments, versions, budgets), `results.json` and every sample's answer",
         "- `log.txt`: warnings and progress of the latest call",
         "- `data/`: the laboratory's benchmarks; lmms-eval's own tasks run from here, offline",

@@ -378,6 +378,13 @@ def test_equal_tables_give_equal_plots(results, tmp_path):
     assert svg.read_bytes() == accuracy_plot(table, tmp_path / "two")[1].read_bytes()
     with Image.open(png) as image:
         assert min(image.size) > 400
+    # FastV stands where it costs: at its average over the layers, not at what is left behind the pruned one.
+    other = table.assign(pope_retained=1.0, mme_retained=1.0)
+    other.loc[table["method"] == "none", "pope_retained"] = table["pope_retained"]
+    other.loc[table["method"] == "none", "mme_retained"] = table["mme_retained"]
+    assert svg.read_bytes() == accuracy_plot(other, tmp_path / "x")[1].read_bytes()
+    moved = table.assign(layer_average_tokens=table["layer_average_tokens"] + 20)
+    assert svg.read_bytes() != accuracy_plot(moved, tmp_path / "y")[1].read_bytes()
     table[["pope_accuracy", "pope_low", "pope_high"]] -= 0.1
     assert svg.read_bytes() != accuracy_plot(table, tmp_path / "three")[1].read_bytes()
 

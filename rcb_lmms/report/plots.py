@@ -1,4 +1,4 @@
-"""Accuracy over retained tokens: one panel per task, drawn from a summary table alone."""
+"""Accuracy over visual tokens per decoder layer: one panel per task, drawn from a summary table alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
+from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.collect import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ STYLES = {
     "random": ("#7F7F7F", "X"),
 }
 _OTHER_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#F0E442", "*"))
-# Methods at one budget stand beside each other, so that their intervals can be read.
-_SHIFT = 1.035
 
 
 def accuracy_plot(table: pd.DataFrame, out: Path) -> list[Path]:
@@ -54,7 +53,11 @@ def _figure(table: pd.DataFrame, tasks: Sequence[str]) -> Any:
     for panel, task in zip(panels, tasks, strict=True):
         _panel(panel, table.dropna(subset=[f"{task}_accuracy"]), task)
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    if table["pretrained"].astype(str).str.partition(":")[0].eq("lab").all():
+        figure.suptitle("laboratory model")
+    columns = -(-len(handles) // 2)
+    options = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(list(handles.values()), list(handles), **options)
     return figure
 
 
@@ -63,13 +66,14 @@ def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
     pruned = table[table["method"] != "none"]
     names = list(dict.fromkeys((row.method, row.options) for row in pruned.itertuples()))
     others = iter(_OTHER_STYLES * len(names))
-    for number, (method, options) in enumerate(names):
+    for method, options in names:
         chosen = pruned[(pruned["method"] == method) & (pruned["options"] == options)]
-        chosen = chosen.sort_values(f"{task}_retained")
+        chosen = chosen.sort_values("layer_average_tokens")
         mean, low, high = (100 * chosen[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
+        label = PRUNERS[method].label if method in PRUNERS else method
         colour, marker = STYLES[method] if method in STYLES and not options else next(others)
         panel.errorbar(
-            chosen[f"{task}_retained"] * _SHIFT ** (number - (len(names) - 1) / 2),
+            chosen["layer_average_tokens"],  # where a method costs: FastV's first layers see every token
             mean,
             yerr=[mean - low, high - mean],
             color=colour,
@@ -78,11 +82,11 @@ def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
             linewidth=1.4,
             elinewidth=1,
             capsize=2.5,
-            label=f"{method} ({options})" if options else method,
+            label=f"{label} ({options})" if options else label,
         )
     for row in table[table["method"] == "none"].itertuples():
         mean, low, high = (100 * getattr(row, f"{task}_{name}") for name in ("accuracy", "low", "high"))
-        panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0, label="unpruned, 95% interval")
         panel.axhline(mean, color="black", linewidth=1.2, label=f"unpruned ({getattr(row, f'{task}_retained'):.0f})")
     if benchmark.chance is not None:
         panel.axhline(100 * benchmark.chance, color="black", linestyle=":", linewidth=1.2, label="chance")
@@ -92,14 +96,14 @@ def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
 def _axes(panel: Any, pruned: pd.DataFrame, task: str) -> None:
     from matplotlib.ticker import NullLocator
 
-    ticks = sorted({round(tokens) for tokens in pruned["target_tokens"].dropna()})
+    ticks = sorted({round(tokens) for tokens in pruned["layer_average_tokens"].dropna()})
     panel.set_xscale("log")
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     if ticks:
         panel.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
     panel.set_title(BENCHMARKS[task].label)
-    panel.set_xlabel("retained visual tokens per question (log scale, side by side)")
+    panel.set_xlabel("visual tokens per decoder layer (log scale)")
     panel.set_ylabel("accuracy, % (95% interval)")
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     panel.set_axisbelow(True)
