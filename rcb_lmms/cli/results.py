@@ -27,7 +27,8 @@ def table(
         for key in [f"table-{paper}"] * (paper is not None) + [f"figure-{figure}"] * (figure is not None):
             paper_table(key, results, out or results)
         return
-    from rcb_lmms.report.collect import collect, version_notes
+    from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.summary import version_notes
     from rcb_lmms.report.tables import for_terminal, write_tables
 
     runs, excluded = collect(results)

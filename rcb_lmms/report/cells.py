@@ -24,9 +24,9 @@ from rcb_lmms.report.collect import (
     check_answers,
     read_finished,
     read_json,
-    version_notes,
 )
 from rcb_lmms.report.published import Benchmark, Block, Layout, Row
+from rcb_lmms.report.summary import version_notes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,24 +266,6 @@ def check_answers(record: dict[str, Any], task: str, rows: list[dict[str, Any]])
     known = record.get("answers")
     if isinstance(known, dict) and task in known and known[task] != answers_hash(rows):
         raise Unusable(f"samples_{task}.jsonl holds other answers than those of the run in {RECORD}")
-
-
-def version_notes(runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[str]:
-    """What runs of one table were made with that differs, a line for each package.
-
-    Args:
-        runs: folder and record of each.
-    """
-    found: dict[str, dict[str, list[Path]]] = {}
-    for folder, record in runs:
-        for name, version in (record.get("versions") or {}).items():
-            found.setdefault(name, {}).setdefault(str(version), []).append(folder)
-    return [
-        f"mixed versions of {name}: "
-        + "; ".join(f"{version} ({len(folders)} runs, {folders[0].name} first)" for version, folders in own.items())
-        for name, own in found.items()
-        if len(own) > 1
-    ]
 
 
 def _score(row: dict[str, Any], benchmark: Benchmark) -> float:

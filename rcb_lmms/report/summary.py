@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
@@ -234,3 +235,21 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """The mean, or `None` where one of the values is missing: an average over the rest would be of something else."""
     values = list(values)
     return None if not values or None in values else sum(values) / len(values)
+
+
+def version_notes(runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """What runs of one table were made with that differs, a line for each package.
+
+    Args:
+        runs: folder and record of each.
+    """
+    found: dict[str, dict[str, list[Path]]] = {}
+    for folder, record in runs:
+        for name, version in (record.get("versions") or {}).items():
+            found.setdefault(name, {}).setdefault(str(version), []).append(folder)
+    return [
+        f"mixed versions of {name}: "
+        + "; ".join(f"{version} ({len(folders)} runs, {folders[0].name} first)" for version, folders in own.items())
+        for name, own in found.items()
+        if len(own) > 1
+    ]

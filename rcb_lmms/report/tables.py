@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run, version_notes
-from rcb_lmms.report.summary import comparison_table, summary_table
+from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run
+from rcb_lmms.report.summary import comparison_table, summary_table, version_notes
 
 if TYPE_CHECKING:
     import pandas as pd
