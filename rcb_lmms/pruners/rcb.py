@@ -225,6 +225,6 @@ def always_kept(scores: Any, count: int) -> np.ndarray:
     """
     import numpy as np
 
-    lowered = np.array(scores, dtype=np.float32)
+    lowered = np.asarray(scores, dtype=np.float32).copy()
     lowered[lowered.argsort(kind="stable")[:count]] = ALWAYS
     return lowered
