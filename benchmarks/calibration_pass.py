@@ -29,7 +29,7 @@ from rcb_lmms.families import default_codebook, load_family
 from rcb_lmms.families.images import whole_images_only
 from rcb_lmms.models.documents import load_benchmarks
 from rcb_lmms.pruners import make_pruner
-from rcb_lmms.runs import make_task_manager
+from rcb_lmms.runs.tasks import make_task_manager
 
 TARGETS = parse_targets("prumerge,prumerge_plus,fastv:rank=36,fastv:rank=16,random:36,random:16")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -116,19 +117,24 @@ def _allowed(model: type[BaseModel], place: str, part: Mapping[str, Any]) -> str
     return f"{place}: {text}" if place else text
 
 
-# Set by the console scripts. lmms-eval turns exceptions into a traceback and exit status 0, which SystemExit escapes;
-# whoever calls the Python API gets the UserError itself.
-exit_at_once = False
-
-
 @contextlib.contextmanager
 def leave_with() -> Iterator[None]:
-    """Around code that lmms-eval calls: under our console scripts a `UserError` ends the process as it should."""
-    if exit_at_once:
+    """Around code that lmms-eval calls: under its own command a `UserError` ends the process as it should.
+
+    That command turns exceptions into a traceback and exit status 0, which SystemExit escapes. All other callers get
+    the `UserError` itself.
+    """
+    if host_command_runs():
         with exit_on_user_error():
             yield
     else:
         yield
+
+
+def host_command_runs() -> bool:
+    """Whether this process was started as `python -m lmms_eval`, so by `accelerate launch` too, or as `lmms-eval`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return str(getattr(module, "name", "")).startswith("lmms_eval.") or Path(sys.argv[0]).name == "lmms-eval"
 
 
 @contextlib.contextmanager

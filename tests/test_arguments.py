@@ -15,7 +15,7 @@ from rcb_lmms.models import PARTS, entries
 from rcb_lmms.models.argument_types import argument_types, parse_arguments
 from rcb_lmms.models.arguments import resolve
 from rcb_lmms.models.command import check_command, task_words
-from rcb_lmms.runs import make_task_manager
+from rcb_lmms.runs.tasks import make_task_manager
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -140,7 +140,7 @@ def test_model_args_and_lmms_evals_own_argument_may_both_give_a_batch_size(monke
 def test_the_command_refuses_within_seconds(words, found, next_step):
     """Before tasks are read, and before lmms-eval, torch or transformers are loaded."""
     code = (
-        "import sys\nfrom rcb_lmms import host\nsys.argv[:1] = ['lmms_eval', '--model', 'llava_random']\n"
+        "import sys\nfrom rcb_lmms.runs import host\nsys.argv[:1] = ['lmms_eval', '--model', 'llava_random']\n"
         "try: host.main()\n"
         "finally: print({'torch', 'transformers', 'lmms_eval', 'datasets'} & set(sys.modules))"
     )

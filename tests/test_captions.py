@@ -21,12 +21,13 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from typer.testing import CliRunner
 
-from rcb_lmms import doctor
 from rcb_lmms.cli import app
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
 from rcb_lmms.resources import data_dir
-from rcb_lmms.runs import run_evaluation, working_directory
+from rcb_lmms.runs import doctor
+from rcb_lmms.runs.folder import run_evaluation
+from rcb_lmms.runs.tasks import working_directory
 from rcb_lmms.scoring import caption_data, captions, corenlp, java, spice
 from rcb_lmms.scoring.rescore import add_scores
 

@@ -9,8 +9,9 @@ from importlib import metadata
 
 import pytest
 
-from rcb_lmms import doctor, resources
+from rcb_lmms import resources
 from rcb_lmms.models import ENTRIES
+from rcb_lmms.runs import doctor
 
 
 def found(checks, name: str) -> doctor.Check:
@@ -42,7 +43,7 @@ def test_this_machine_can_run_the_package(capsys, monkeypatch):
 
 def test_nothing_heavy_is_imported_to_see_the_entries():
     heavy = "{'torch', 'transformers'} & set(sys.modules)"
-    code = f"import sys; from rcb_lmms import doctor; doctor._entries(); print({heavy})"
+    code = f"import sys; from rcb_lmms.runs import doctor; doctor._entries(); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

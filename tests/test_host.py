@@ -9,20 +9,18 @@ import sys
 import pytest
 import test_models
 
-from rcb_lmms import errors, host
+from rcb_lmms import errors
 from rcb_lmms.lab.data import write_data
-from rcb_lmms.models.ledger import RUNS
-from rcb_lmms.runs import working_directory
+from rcb_lmms.runs import host
+from rcb_lmms.runs.tasks import working_directory
 
 
 @pytest.fixture
 def command(pope_tree, checkpoint, tmp_path, monkeypatch):
     """Run the console script in this process; returns its exit status."""
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(errors, "exit_at_once", False)
 
     def run(*arguments, model_args="", tree=pope_tree, tasks="pope"):
-        RUNS.clear()
         given = ["--model_args", f"pretrained={checkpoint}{model_args}", "--tasks", tasks, "--batch_size", "8"]
         output = ["--output_path", str(tmp_path / "out"), "--log_samples", "--verbosity", "WARNING"]
         monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments, *given, *output])
@@ -42,7 +40,6 @@ def test_a_complete_run_leaves_its_record_in_the_results_file(command, tmp_path,
     assert record["achieved"]["pope"]["retained_visual_tokens"] == pytest.approx(5, abs=0.5)
     assert record["resolved"]["codebook_sha256"]
     assert record["versions"]["transformers"]
-    assert results["throughput"]["avg_pope/threshold"] == record["calibrations"]["pope"]["fitted"]["threshold"]
 
 
 def test_a_task_may_leave_files_of_its_own_beside_the_results(command, tmp_path):
@@ -104,7 +101,7 @@ def test_two_commands_do_not_write_into_one_folder(command, tmp_path, capsys):
         assert other.stdout.readline() == b"1\n"
         assert command("--model", "llava_full") == 2
         other.kill()  # a holder that crashed holds nothing
-    assert "another lmms_eval that is writing there now" in capsys.readouterr().err
+    assert "another process that writes there since" in capsys.readouterr().err
     assert command("--model", "llava_full", "--limit", "2") == 0
 
 
@@ -117,7 +114,7 @@ def test_the_hosts_response_cache_is_refused(command, tmp_path, capsys):
 def test_the_response_cache_is_refused_in_the_python_api_too(checkpoint, pope_tree, tmp_path, monkeypatch):
     from lmms_eval.evaluator import simple_evaluate
 
-    from rcb_lmms.runs import make_task_manager
+    from rcb_lmms.runs.tasks import make_task_manager
 
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
     with working_directory(pope_tree), pytest.raises(errors.UserError, match="--use_cache"):
@@ -163,7 +160,7 @@ def test_two_processes_give_the_results_of_one(command, entry, pope_tree, checkp
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", "-m"]
     given = ["--model", entry, "--model_args", arguments, "--tasks", "pope", "--batch_size", "8", "--log_samples"]
     subprocess.run(
-        [*launch, "rcb_lmms.host", *given, "--output_path", str(tmp_path / "two")],
+        [*launch, "rcb_lmms.runs.host", *given, "--output_path", str(tmp_path / "two")],
         cwd=pope_tree,
         env={**os.environ, "RCB_CACHE": str(tmp_path / "cache2"), "OMP_NUM_THREADS": "1"},
         check=True,
@@ -191,8 +188,6 @@ def test_every_run_of_a_configuration_file_keeps_its_own_record(pope_tree, check
     import yaml
 
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(errors, "exit_at_once", False)
-    RUNS.clear()
     common = {"model": "llava_random", "tasks": "pope", "batch_size": 8, "log_samples": True, "limit": 4}
     runs = [
         {**common, "model_args": f"pretrained={checkpoint},keep={keep}", "output_path": str(tmp_path / str(keep))}

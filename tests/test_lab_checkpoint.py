@@ -14,7 +14,8 @@ from rcb_lmms.lab import data, questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS
 from rcb_lmms.lab.scenes import make_scene
-from rcb_lmms.runs import run_evaluation, working_directory
+from rcb_lmms.runs.folder import run_evaluation
+from rcb_lmms.runs.tasks import working_directory
 from training.check import check, format_table
 
 

@@ -23,7 +23,7 @@ from rcb_lmms.lab.choices import VIDEO_KINDS, Choice
 from rcb_lmms.lab.moving import DIRECTIONS
 from rcb_lmms.lab.questions import CAPTION_PROMPTS, Question, named_objects, sentence
 from rcb_lmms.lab.scenes import Scene, make_large_scene, make_scene
-from rcb_lmms.runs import make_task_manager, working_directory
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
 SIZES = dict.fromkeys(data.BENCHMARKS, 1) | {
     "mmbench": 6, "seed": 3, "realworldqa": 6, "nocaps": 3, "flickr30k": 3, "mantis": 6, "muirbench": 2

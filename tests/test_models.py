@@ -14,7 +14,8 @@ from rcb_lmms.engine.options import Generation
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES, class_name
 from rcb_lmms.resources import cache_dir
-from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
+from rcb_lmms.runs.folder import read_record, run_evaluation
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
 FAST = {"max_new_tokens": 4}
 
@@ -115,10 +116,7 @@ def test_rcb_meets_a_mean_budget_and_says_so_in_the_results(evaluate, codebook_f
     assert calibration["target"] == 6.5
     assert calibration["achieved"] == pytest.approx(sum(kept) / len(kept))
     assert (calibration["views"], calibration["questions"], calibration["cached"]) == (6, 24.0, False)
-    throughput = json.loads((tmp_path / "rcb" / "results.json").read_text())["throughput"]
-    assert throughput["avg_pope/retained_visual_tokens"] == pytest.approx(calibration["achieved"])
-    assert throughput["avg_pope/threshold"] == calibration["fitted"]["threshold"]
-    assert throughput["avg_failed_samples"] == 0
+    assert record["achieved"]["pope"]["retained_visual_tokens"] == pytest.approx(calibration["achieved"])
     assert record["totals"]["images_encoded"] == 6  # the calibration pass and the answers share them
     assert record["resolved"]["codebook_sha256"]
     assert record["versions"]["lmms_eval"] == "0.7.3"
@@ -354,7 +352,7 @@ def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tm
     from rcb_lmms.models.questions import Request
 
     family = load_family(checkpoint)
-    monkeypatch.setattr(journal, "folder", tmp_path / "answers")
+    folder = tmp_path / "answers"
 
     def question(text, seed=0):
         content = [{"type": "image", "url": tiny.random_image(seed)}, {"type": "text", "text": text}]
@@ -363,15 +361,15 @@ def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tm
 
     asked, fitted = question("What? Answer in one word."), {"threshold": 0.5}
     answer = GenerationResult("yes", VisualTokenCounts(input_tokens=9, visual_kept=4, kept=["16:8A=="]))
-    journal.Journal({"model": "m"}, 0).write(asked, fitted, content_of(*asked.load(family)), answer)
-    again = journal.Journal({"model": "m"}, 1)
+    journal.Journal(folder, {"model": "m"}, 0).write(asked, fitted, content_of(*asked.load(family)), answer)
+    again = journal.Journal(folder, {"model": "m"}, 1)
     assert again.answer(asked, fitted, family) == answer
     assert again.answer(asked, {"threshold": 0.6}, family) is None
     assert again.answer(question("What? Answer in detail."), fitted, family) is None
     assert again.answer(question("What? Answer in one word.", seed=1), fitted, family) is None
-    assert journal.Journal({"model": "n"}, 0).answer(asked, fitted, family) is None
+    assert journal.Journal(folder, {"model": "n"}, 0).answer(asked, fitted, family) is None
     monkeypatch.setattr(journal, "sources_hash", lambda: "changed")
-    assert journal.Journal({"model": "m"}, 0).answer(asked, fitted, family) is None
+    assert journal.Journal(folder, {"model": "m"}, 0).answer(asked, fitted, family) is None
 
 
 def test_a_threshold_that_keeps_nothing_says_so(evaluate, codebook_file, caplog):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rcb_lmms.configs import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.errors import UserError
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
@@ -21,6 +20,7 @@ from rcb_lmms.report.paper import comparisons, numbers
 from rcb_lmms.report.paper_text import left_out, readable, write_paper_table
 from rcb_lmms.report.published import eval_configs, layout, layouts
 from rcb_lmms.resources import data_dir
+from rcb_lmms.runs.configs import Entry, for_checkpoint, read_configs, run_folder
 
 # Right answers of eight, by method; of random pruning by seed.
 RIGHT = {"full": 8, "rcb": 6, "fastv": 5, "prumerge": 4, "prumerge_plus": 3, "stride": 3, "downsample": 2}

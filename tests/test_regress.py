@@ -21,7 +21,7 @@ from rcb_lmms.regress.declaration import Declaration, Subset, Tolerance
 from rcb_lmms.regress.golden import COUNTS, Golden, Sample
 from rcb_lmms.regress.kept import KeptSet, indices, near_the_cut, ranges
 from rcb_lmms.resources import data_dir
-from rcb_lmms.runs import make_task_manager, working_directory
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
 ENTRIES = {
     "full": {"entry": "llava_full"},

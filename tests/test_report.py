@@ -546,11 +546,11 @@ def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, mon
 
 
 def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, capsys, monkeypatch):
-    from rcb_lmms import runs
-    from rcb_lmms.quickstart import quickstart
+    from rcb_lmms.runs import tasks
+    from rcb_lmms.runs.quickstart import quickstart
 
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "make_task_manager", functools.cache(runs.make_task_manager))
+    monkeypatch.setattr(tasks, "make_task_manager", functools.cache(tasks.make_task_manager))
     options = {
         "pretrained": str(checkpoint),
         "codebook": str(codebook_file),

@@ -11,10 +11,10 @@ import task_trees
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 
-from rcb_lmms import errors, host
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES
-from rcb_lmms.runs import make_task_manager, working_directory
+from rcb_lmms.runs import host
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 from rcb_lmms.scoring import estimates, mmbench, mme, mvbench, pope, schema
 from rcb_lmms.scoring.choices import letter
 from rcb_lmms.scoring.estimates import Term
@@ -486,7 +486,6 @@ def test_missing_videos_are_counted(tree, tmp_path, monkeypatch):
 
 def test_a_wrong_data_set_ends_lmms_eval_at_once(tmp_path, checkpoint, monkeypatch, capsys):
     folder = rewritten(tmp_path / "tree", "pope", lambda row: {k: v for k, v in row.items() if k != "category"})
-    monkeypatch.setattr(errors, "exit_at_once", False)
     arguments = ["--model", "llava_full", "--model_args", f"pretrained={checkpoint}", "--tasks", "rcb_pope"]
     monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments, "--verbosity", "ERROR"])
     with working_directory(folder), pytest.raises(SystemExit) as stop:
@@ -496,7 +495,6 @@ def test_a_wrong_data_set_ends_lmms_eval_at_once(tmp_path, checkpoint, monkeypat
 
 
 def test_the_console_script_runs_them_on_a_model(tree, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(errors, "exit_at_once", False)
     arguments = ["--model", "llava_full", "--model_args", f"pretrained={checkpoint}", "--tasks", ",".join(SINGLE[:2])]
     output = ["--output_path", str(tmp_path), "--log_samples", "--batch_size", "4", "--verbosity", "ERROR"]
     monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments, *output])

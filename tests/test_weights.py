@@ -16,8 +16,8 @@ from rcb_lmms.cli import app
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import default_split, default_template, load_family
 from rcb_lmms.families.original import convert, open_original
-from rcb_lmms.host import main as lmms_eval
 from rcb_lmms.models.arguments import resolve
+from rcb_lmms.runs.host import main as lmms_eval
 
 
 @pytest.fixture
@@ -106,7 +106,6 @@ def test_the_commands_stop(damaged, codebook_file, pope_tree, tmp_path, monkeypa
     assert isinstance(done.exception, UserError)
     assert done.exception.found.startswith("4 missing: model.multi_modal_projector")
     monkeypatch.chdir(pope_tree)
-    monkeypatch.setattr("rcb_lmms.errors.exit_at_once", False)  # which the console script sets for good
     arguments = f"pretrained={folder},codebook={codebook_file},threshold=0.2"
     monkeypatch.setattr(
         "sys.argv", ["lmms_eval", "--model", "llava_rcb", "--model_args", arguments, "--tasks", "pope", "--limit", "2"]

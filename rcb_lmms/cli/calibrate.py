@@ -48,7 +48,7 @@ def calibrate(
             allowed="one of the two",
             next_step="--images FOLDER, or --tasks pope,mme --match prumerge",
         )
-    from rcb_lmms.local_videos import use_local_videos
+    from rcb_lmms.runs.local_videos import use_local_videos
 
     use_local_videos()  # before lmms-eval is imported
     from rcb_lmms.calibration.command import over_images, over_tasks
@@ -62,7 +62,7 @@ def calibrate(
         lines = over_images(model, find_images(images), keep, match, out, **loading)
     else:
         from rcb_lmms.models.documents import load_benchmarks
-        from rcb_lmms.runs import make_task_manager
+        from rcb_lmms.runs.tasks import make_task_manager
 
         def benchmarks():
             manager = make_task_manager(entry_id(family_of(model), "rcb"), include_path)

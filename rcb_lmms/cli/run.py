@@ -18,8 +18,8 @@ def quickstart(
     ] = 60,
 ) -> None:
     """Compare all methods on the laboratory model: one table, one plot, pictures of kept tokens. About five minutes."""
-    from rcb_lmms.quickstart import TASKS
-    from rcb_lmms.quickstart import quickstart as run
+    from rcb_lmms.runs.quickstart import TASKS
+    from rcb_lmms.runs.quickstart import quickstart as run
 
     run(out, sizes=dict.fromkeys(TASKS, images))
 
@@ -31,7 +31,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Check this machine: what is there, what is missing, what that costs and how to mend it."""
-    from rcb_lmms.doctor import main as run
+    from rcb_lmms.runs.doctor import main as run
 
     if fetch_spice:
         from rcb_lmms.scoring.corenlp import fetch_corenlp
@@ -84,9 +84,9 @@ def evaluate_configs(
     ] = None,
 ) -> None:
     """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
-    from rcb_lmms.configs import read_configs
-    from rcb_lmms.evaluate import evaluate
     from rcb_lmms.report.collect import BENCHMARKS
+    from rcb_lmms.runs.configs import read_configs
+    from rcb_lmms.runs.evaluate import evaluate
 
     problems = evaluate(
         configs, out, limit=limit, pretrained=pretrained, batch_size=batch_size, include_path=include_path

@@ -115,7 +115,7 @@ def write_mvbench(out: Path, split: str, videos: int, draw: Draw = make_scene) -
     """MVBench: names, files and columns are the benchmark's, the questions are those that moving scenes can answer.
 
     Videos are real mp4 files, for episodic_reasoning folders of frames, below `mvbench_video`;
-    `rcb_lmms.local_videos` lets lmms-eval find them there.
+    `rcb_lmms.runs.local_videos` lets lmms-eval find them there.
     """
     schema = {**columns(("video", "question", "answer")), "candidates": [TEXT]}
     rows = {name: {"train": _mvbench_rows(split, name, videos, out / "mvbench_video")} for name in SUBTASKS}

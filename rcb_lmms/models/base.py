@@ -23,7 +23,7 @@ from rcb_lmms.models.argument_types import parse_arguments
 from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.budgets import calibrate_requests
 from rcb_lmms.models.journal import Journal
-from rcb_lmms.models.ledger import RUNS, RunRecord, VisualTokenCounts, report_metrics, summarize, versions
+from rcb_lmms.models.ledger import RunRecord, VisualTokenCounts, report_metrics, summarize, versions
 from rcb_lmms.models.questions import Request, grouped
 from rcb_lmms.pruners.base import Pruner
 
@@ -78,9 +78,10 @@ class PrunedModel(lmms):
             resolved=describe(self.settings, self.family),
             versions=versions(),
         )
-        RUNS.append(self.run)
+        context = invocation.current_context()
+        context.records.append(self.run)
         identity = {"model": self.run.model, "versions": self.run.versions, **self.run.resolved}
-        self.journal = Journal({**identity, "batch_size": None}, rank)
+        self.journal = Journal(context.answers, {**identity, "batch_size": None}, rank)
         self.resumed = 0
 
     @classmethod

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,15 @@ def _check_tasks(tasks: Any, include_path: Any) -> None:
         )
 
 
-def task_words(folders: list[str]) -> set[str]:
-    """All words of all task files, the names of tasks among them; reading them so takes a tenth of a second."""
+def task_files(folders: Sequence[str]) -> list[Path]:
+    """The task files of lmms-eval, of this package and of more folders."""
     host = importlib.util.find_spec("lmms_eval")
     places = [Path(host.origin).parent / "tasks", data_dir("tasks"), *map(Path, folders)]
     files = (file for place in places for file in place.rglob("*") if file.suffix in (".yaml", ".yml", ""))
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    return [file for file in files if file.is_file()]
+
+
+def task_words(folders: Sequence[str]) -> set[str]:
+    """All words of all task files, the names of tasks among them; reading them so takes a tenth of a second."""
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in task_files(folders))
     return {word for text in texts for word in re.findall(r"[\w.+-]+", text)}

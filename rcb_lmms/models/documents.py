@@ -10,6 +10,7 @@ from rcb_lmms.calibration.documents import Documents
 from rcb_lmms.engine.processes import gather
 from rcb_lmms.engine.questions import load_turns
 from rcb_lmms.errors import UserError
+from rcb_lmms.models.task_data import check_data, unloadable
 
 if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
@@ -49,8 +50,6 @@ def load_benchmarks(names: Sequence[str], manager: Any) -> dict[str, dict[str, D
     """
     from tenacity import RetryError
 
-    from rcb_lmms.runs import unloadable
-
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 5)
@@ -60,6 +59,7 @@ def load_benchmarks(names: Sequence[str], manager: Any) -> dict[str, dict[str, D
                 allowed="names that lmms-eval knows, and rcb_*" + (f"; near: {', '.join(near)}" if near else ""),
                 next_step="lmms_eval tasks list, or --include_path FOLDER for a task of your own",
             )
+    check_data(names, manager.include_path or ())
     benchmarks: dict[str, dict[str, Documents]] = {}
     for name in names:
         try:

@@ -2,19 +2,63 @@
 
 lmms-eval makes a model from `--model_args` alone. Two of its other arguments matter to an entry: `--seed`, which a
 user expects to seed random pruning too, and `--use_cache`, whose key lacks what the answers of these entries depend on.
+Nor can whoever starts lmms-eval hand anything to the models it makes, or get them back: a `Context` does both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
 
+if TYPE_CHECKING:
+    from rcb_lmms.models.ledger import RunRecord
+
 # Position of torch's seed among the four that `--seed` takes: python, numpy, torch, few-shot.
 TORCH_SEED = 2
+
+
+@dataclass
+class Context:
+    """What whoever starts lmms-eval shares with the entries that lmms-eval makes.
+
+    Attributes:
+        answers: a folder for answers as they come (see `Journal`); without it none is kept before the run's end.
+        records: of the runs that were made, in their order.
+    """
+
+    answers: Path | None = None
+    records: list[RunRecord] = field(default_factory=list)
+
+    def only_record(self) -> RunRecord:
+        """The record, where one run was made."""
+        (record,) = self.records
+        return record
+
+
+_context: ContextVar[Context | None] = ContextVar("rcb_lmms_context", default=None)
+
+
+@contextlib.contextmanager
+def evaluating(context: Context) -> Iterator[Context]:
+    """Inside, entries that lmms-eval makes find `context`."""
+    token = _context.set(context)
+    try:
+        yield context
+    finally:
+        _context.reset(token)
+
+
+def current_context() -> Context:
+    """The context of the run that goes on; an empty one where somebody else started lmms-eval."""
+    return _context.get() or Context()
 
 
 def argument(name: str) -> str | None:

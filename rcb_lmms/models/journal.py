@@ -1,7 +1,7 @@
 """Answers written as they come, so that a run killed at any moment continues behind its last batch.
 
-lmms-eval keeps nothing before a whole run is answered. Whoever starts a run names a folder in `folder`; the files in it
-are told apart by everything an answer depends on, and removed once the results are saved.
+lmms-eval keeps nothing before a whole run is answered. The files of a folder are told apart by everything an answer
+depends on, and whoever started the run removes them once its results are saved.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from rcb_lmms.models.ledger import VisualTokenCounts
 from rcb_lmms.models.questions import Request
 from rcb_lmms.resources import sources_hash
 
-# Set by the console scripts and by `run_evaluation`; without it nothing is kept.
-folder: Path | None = None
-
 
 class Journal:
     """Answers of one run, of all its processes.
 
     Args:
+        folder: where the files are; without one nothing is kept.
         identity: everything answers depend on besides the question; another identity is another journal.
         rank: of this process, which writes a file of its own.
     """
 
-    def __init__(self, identity: dict[str, Any], rank: int):
+    def __init__(self, folder: Path | None, identity: dict[str, Any], rank: int):
         self._file: Path | None = None
         self._known: dict[str, dict[str, Any]] = {}
         if folder is None:

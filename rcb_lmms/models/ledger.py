@@ -1,10 +1,11 @@
-"""What a run did, sample by sample and as a whole; and what the console scripts need to know of it afterwards."""
+"""What a run did, sample by sample and as a whole."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,6 @@ from lmms_eval.api.instance import TokenCounts
 from rcb_lmms.resources import source_version
 
 logger = logging.getLogger(__name__)
-
-# Runs of this process, for the console scripts: they complete the results file and set the exit status.
-RUNS: list[RunRecord] = []
 
 
 @dataclass
@@ -124,21 +122,38 @@ def _warn_of_capped(run: RunRecord) -> None:
 
 
 def report_metrics(run: RunRecord, rows: list[tuple[str, VisualTokenCounts]]) -> None:
-    """Put a run's numbers into lmms-eval's throughput summary, under `avg_<task>/...`; warn of capped budgets."""
+    """Put a run's totals into lmms-eval's throughput summary; warn of capped budgets."""
     from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
     _warn_of_capped(run)
-    numbers: dict[str, float] = {
-        f"{task}/{name}": value for task, own in run.achieved.items() for name, value in own.items()
-    }
-    for task, record in run.calibrations.items():
-        numbers[f"{task}/target_visual_tokens"] = record["target"]
-        numbers |= {f"{task}/{name}": value for name, value in record["fitted"].items()}
     generated = sum(counts.output_tokens or 0 for _, counts in rows)
     seconds = run.totals["seconds"]
     log_metrics(
         total_elapsed_time=seconds,
         total_gen_tokens=generated,
         avg_speed=generated / seconds if seconds else 0.0,
-        additional_metrics=numbers | run.totals,
+        additional_metrics=run.totals,
     )
+
+
+def cost_table(run: RunRecord) -> str:
+    """What a run's questions cost, a row a task, as text."""
+    from tabulate import tabulate
+
+    failed = Counter(failure["task"] for failure in run.failures)
+    rows = [
+        (
+            task,
+            f"{own['retained_visual_tokens']:.2f}",
+            f"{own['native_visual_tokens']:.0f}",
+            f"{own['retained_visual_tokens'] / max(own['native_visual_tokens'], 1):.1%}",
+            f"{own['layer_average_visual_tokens']:.2f}",
+            f"{1000 * own['prefill_tflops']:.4g}",
+            own["samples"],
+            failed[task],
+        )
+        for task, own in run.achieved.items()
+    ]
+    headers = ("task", "tokens kept", "of", "share", "layer average", "prefill GFLOPs", "answered", "failed")
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{run.totals['questions_per_second']:.1f} questions/s\n"

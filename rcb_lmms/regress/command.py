@@ -71,7 +71,7 @@ def describe(report: Report) -> str:
 
 
 def _manager() -> Any:
-    from rcb_lmms.runs import make_task_manager
+    from rcb_lmms.runs.tasks import make_task_manager
 
     return make_task_manager()
 
@@ -93,7 +93,7 @@ def _data(declaration: Declaration) -> Iterator[None]:
         yield
         return
     from rcb_lmms.lab.data import write_data
-    from rcb_lmms.runs import working_directory
+    from rcb_lmms.runs.tasks import working_directory
 
     allowed = set(inspect.signature(write_data).parameters) - {"out"}
     if unknown := sorted(set(declaration.lab) - allowed):

@@ -43,14 +43,13 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
     Raises:
         UserError: other weights, codebook, precision or data than the golden file's, or samples that failed.
     """
-    from rcb_lmms.models import journal
-    from rcb_lmms.models.ledger import RUNS
+    from rcb_lmms.models.invocation import Context, evaluating
+    from rcb_lmms.models.journal import forget
 
     place = cache_dir() / "regress" / hashlib.sha256(str(case.golden.resolve()).encode()).hexdigest()[:16]
-    journal.folder = place
-    try:
+    with evaluating(Context(answers=place)) as context:
         model = _model(case, batch_size)
-        run, encoder = RUNS[-1], model.encoder
+        run, encoder = context.only_record(), model.encoder
         made_of = _made_of(model.family, run)
         if golden is not None:
             golden.check_made_of(made_of)
@@ -59,15 +58,13 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
         tasks = {name: load_task(name, manager) for name in case.subsets}
         names = {name: _restricted(name, task, case, golden) for name, task in tasks.items()}
         results = _evaluate(model, list(tasks.values()), manager)
-    finally:
-        journal.folder = None
     _refuse_failures(case, run)
     samples = [
         sample
         for name, task in tasks.items()
         for sample in _samples(name, task, names[name], results, encoder, _fitted(model, run, name))
     ]
-    journal.forget(place)
+    forget(place)
     return Golden(
         case=case.name,
         entry=case.entry,

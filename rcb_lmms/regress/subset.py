@@ -26,7 +26,7 @@ def load_task(name: str, manager: Any) -> Any:
     from lmms_eval import tasks
     from tenacity import RetryError
 
-    from rcb_lmms.runs import unloadable
+    from rcb_lmms.models.task_data import unloadable
 
     if name not in manager.all_subtasks:
         raise UserError(

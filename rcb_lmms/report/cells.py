@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.configs import Entry, for_checkpoint, run_folder
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
 from rcb_lmms.report.collect import (
@@ -27,6 +26,7 @@ from rcb_lmms.report.collect import (
 )
 from rcb_lmms.report.published import Benchmark, Block, Layout, Row
 from rcb_lmms.report.summary import version_notes
+from rcb_lmms.runs.configs import Entry, for_checkpoint, run_folder
 
 if TYPE_CHECKING:
     import numpy as np

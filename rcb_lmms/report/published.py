@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.configs import Entry
 from rcb_lmms.errors import UserError
+from rcb_lmms.runs.configs import Entry
 
 DATA = Path(__file__).with_name("published.yaml")
 # Of random pruning, as in the paper.

@@ -9,18 +9,20 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rcb_lmms.configs import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import no_file
-from rcb_lmms.runs import RECORD, make_task_manager, read_record, run_evaluation
+from rcb_lmms.models.task_data import check_data
+from rcb_lmms.runs.configs import Entry, for_checkpoint, read_configs, run_folder
+from rcb_lmms.runs.folder import RECORD, locked, read_record, run_evaluation
+from rcb_lmms.runs.tasks import make_task_manager
 
-LOCK, RESULTS = "lock", "results.json"
+RESULTS = "results.json"
 
 
 def evaluate(
@@ -60,7 +62,7 @@ def evaluate(
     for place in dict.fromkeys(entry.include_path for entry in todo):
         own = [entry for entry in todo if entry.include_path == place]
         _check_tasks(own, managers(own[0].model, place))
-    problems = []
+    problems: dict[str, list[str]] = {}
     for number, entry in enumerate(entries, 1):
         print(f"[{number:>{len(str(len(entries)))}}/{len(entries)}] {entry.name} {entry.task} ", end="", flush=True)
         began, folder = time.perf_counter(), run_folder(results, entry, limit)
@@ -72,8 +74,8 @@ def evaluate(
             reason = "{}: {}".format(*told)
             print(f"failed: {reason}", flush=True)
             mend = f"; next: {error.next_step}" if isinstance(error, UserError) else ""
-            problems.append(f"{folder}: {reason}{mend}")
-    return problems
+            problems.setdefault(f"{reason}{mend}", []).append(str(folder))
+    return [f"{', '.join(folders)}: {reason}" for reason, folders in problems.items()]
 
 
 def _done(folder: Path) -> bool:
@@ -115,6 +117,8 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
                 allowed="run folders as they were written",
                 next_step=f"remove {folder} to run it again",
             )
+        if not done:
+            check_data([entry.task], [entry.include_path] if entry.include_path else [])
         run_evaluation(
             entry.model,
             arguments,
@@ -126,30 +130,3 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
             task_manager=None if done else managers(entry.model, entry.include_path),
         )
     return not done
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second process in a run's folder. The system lets go of the lock when its process ends, however.
-
-    Raises:
-        UserError: another process is writing there.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        record = read_record(folder) or {}
-        raise UserError(
-            wanted=f"write to {folder}",
-            found=f"process {record.get('process', '')} writing there since {record.get('started', 'just now')}",
-            allowed="one process for each run; several may share a results folder",
-            next_step="wait for it, or stop it: the same command then continues its work",
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -149,7 +149,7 @@ def _questions() -> Check:
         tree = write_data(Path(folder, "lab"), benchmarks=["pope"], sizes={"pope": 1})
         out = Path(folder, "out")
         done = subprocess.run(
-            [sys.executable, "-m", "rcb_lmms.host", *arguments, "--output_path", str(out), "--log_samples"],
+            [sys.executable, "-m", "rcb_lmms.runs.host", *arguments, "--output_path", str(out), "--log_samples"],
             cwd=tree,
             env={**os.environ, "RCB_CACHE": str(Path(folder, "cache")), "HF_HUB_OFFLINE": "1"},
             capture_output=True,

@@ -139,8 +139,8 @@ def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
 
 
 def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
-    from rcb_lmms.evaluate import locked
-    from rcb_lmms.runs import make_task_manager, read_record, run_evaluation, working_directory
+    from rcb_lmms.runs.folder import locked, read_record, run_evaluation
+    from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
     manager = None
     with working_directory(data):

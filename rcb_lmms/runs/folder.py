@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import answers_hash, write_atomic
+from rcb_lmms.files import answers_hash, unwritable, write_atomic
+from rcb_lmms.runs.tasks import make_task_manager
 
-RECORD = "run.json"
+RECORD, LOCK = "run.json", ".rcb.lock"
 
 
 def run_evaluation(
@@ -62,18 +63,18 @@ def run_evaluation(
             return out
     record = {"status": "started", **question, "started": _now(), "process": os.getpid()}
     _write(out, record)
-    from rcb_lmms.models import journal
+    from rcb_lmms.models.invocation import Context, evaluating
+    from rcb_lmms.models.journal import forget
 
     began = time.perf_counter()
-    journal.folder = out / "answers"
     try:
-        results, run = _evaluate(entry, arguments, tasks, batch_size, limit, task_manager)
+        with evaluating(Context(answers=out / "answers")) as context:
+            results = _evaluate(entry, arguments, tasks, batch_size, limit, task_manager)
+        run = asdict(context.only_record())
     except BaseException as error:
         lines = traceback.format_exception_only(error)
         _write(out, record | {"status": "failed", "finished": _now(), "error": "".join(lines).strip()})
         raise
-    finally:
-        journal.folder = None
     samples = results.pop("samples")
     for task, rows in samples.items():
         lines = [json.dumps(row, ensure_ascii=False, default=_described) for row in rows]
@@ -90,24 +91,22 @@ def run_evaluation(
             allowed="complete runs; a failed sample is in no metric, and the run in no table",
             next_step=f"read {out / RECORD}, mend the cause, and repeat the command",
         )
-    journal.forget(out / "answers")
+    forget(out / "answers")
     return out
 
 
 def _evaluate(
     entry: str, arguments: dict[str, Any], tasks: list[str], batch_size: int, limit: int | None, task_manager: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
-    from tenacity import RetryError
 
-    from rcb_lmms.models.ledger import RUNS
+    from rcb_lmms.models.task_data import failure
 
-    known = len(RUNS)
     task_manager = task_manager or make_task_manager()
     # Tasks choose their words by the entry: a manager that served another one would ask in that one's.
     task_manager.model_name = entry
     try:
-        results = simple_evaluate(
+        return simple_evaluate(
             model=entry,
             model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
             tasks=list(tasks),
@@ -118,10 +117,8 @@ def _evaluate(
             task_manager=task_manager,
             verbosity="ERROR",
         )
-    except RetryError as error:
-        raise unloadable(", ".join(tasks), error) from error
-    (run,) = RUNS[known:]
-    return results, asdict(run)
+    except Exception as error:  # whatever a data set, a model or a scorer raises
+        raise failure(", ".join(tasks), error) or error from error
 
 
 def _described(value: Any) -> str:
@@ -132,37 +129,6 @@ def _described(value: Any) -> str:
         digest = hashlib.sha256(value.tobytes()).hexdigest()[:16]
         return f"image {value.mode} {value.width}x{value.height} sha256 {digest}"
     return str(value)
-
-
-def make_task_manager(entry: str = "default", include_path: str | Path | None = None) -> Any:
-    """lmms-eval's tasks with ours and a folder's beside them; takes some seconds, so make one for many runs."""
-    from lmms_eval.tasks import TaskManager
-
-    from rcb_lmms.resources import data_dir
-
-    folders = [str(data_dir("tasks")), *([] if include_path is None else [str(include_path)])]
-    return TaskManager("ERROR", include_path=folders, model_name=entry)
-
-
-def unloadable(task: str, error: Exception) -> UserError:
-    """The error for data that cannot be loaded, for what `datasets`, the hub, or lmms-eval's retries raise."""
-    from tenacity import RetryError
-
-    if isinstance(error, RetryError):
-        error = error.last_attempt.exception()
-    if isinstance(error, UserError):
-        return error
-    causes = [error] if error.__cause__ is None else [error, error.__cause__]
-    found = "; ".join(" ".join(f"{type(cause).__name__}: {cause}".split())[:200] for cause in causes)
-    gated = any(word in found.lower() for word in ("gated", "authenticated", "401", "403"))
-    return UserError(
-        wanted=f"the data of task {task}",
-        found=found,
-        allowed="a whole data set below the current folder, in the cache, or on the hub",
-        next_step="ask for access on the data set's page, then: hf auth login"
-        if gated
-        else "hf download it again, which completes what is there; rcb lab data writes the laboratory's",
-    )
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -204,11 +170,29 @@ def _now() -> str:
 
 
 @contextlib.contextmanager
-def working_directory(path: Path) -> Iterator[None]:
-    """Inside `path` for a while: lmms-eval finds local data sets relative to the current directory."""
-    before = Path.cwd()
-    os.chdir(path)
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a second process in a folder. The system lets go of the lock when its process ends, however.
+
+    Raises:
+        UserError: another process is writing there, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        record = read_record(folder) or {}
+        raise UserError(
+            wanted=f"write to {folder}",
+            found=f"another process that writes there since {record.get('started', 'just now')}",
+            allowed="one process for each folder of a run",
+            next_step="wait for it, or stop it: the same command then continues its work",
+        ) from error
+    except OSError as error:
+        raise unwritable(folder, error) from error
     try:
         yield
     finally:
-        os.chdir(before)
+        lock.release()
