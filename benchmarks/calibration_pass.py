@@ -22,12 +22,12 @@ import time
 import torch
 
 from rcb_lmms.calibration import Documents, parse_targets, score_pass
+from rcb_lmms.calibration.calibrate import benchmark_record
 from rcb_lmms.calibration.passes import BATCH_FRAMES
-from rcb_lmms.calibration.tasks import benchmark_record
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.families import default_codebook, load_family
 from rcb_lmms.families.images import whole_images_only
-from rcb_lmms.models.documents import load_benchmarks
+from rcb_lmms.models.benchmarks import load_benchmarks
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.runs.tasks import make_task_manager
 

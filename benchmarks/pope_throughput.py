@@ -20,7 +20,7 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import generate
 from rcb_lmms.families import load_family
-from rcb_lmms.lab.questions import absent_phrases, pope_question, present_phrases
+from rcb_lmms.lab.scene_questions import absent_phrases, pope_question, present_phrases
 from rcb_lmms.lab.scenes import make_scene
 from rcb_lmms.pruners import make_pruner
 

@@ -1,13 +1,12 @@
 """Visual token pruning for the LLaVA family, as a plugin of lmms-eval.
 
-The names below are loaded on first use, so that `import rcb_lmms` costs nothing.
+The names below are loaded on first use (PEP 562), so that `import rcb_lmms` costs nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from rcb_lmms.lazy import on_first_use
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rcb_lmms.budget import Budget
@@ -19,16 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["PRUNERS", "Budget", "Codebook", "Question", "Selection", "Session", "VisualTokens", "make_pruner"]
 
-__getattr__, __dir__ = on_first_use(
-    globals(),
-    {
-        "PRUNERS": "rcb_lmms.pruners",
-        "make_pruner": "rcb_lmms.pruners",
-        "Selection": "rcb_lmms.pruners.base",
-        "VisualTokens": "rcb_lmms.pruners.base",
-        "Budget": "rcb_lmms.budget",
-        "Codebook": "rcb_lmms.codebook",
-        "Question": "rcb_lmms.engine.questions",
-        "Session": "rcb_lmms.engine.session",
-    },
-)
+_HOMES = {
+    "PRUNERS": "pruners",
+    "make_pruner": "pruners",
+    "Selection": "pruners.base",
+    "VisualTokens": "pruners.base",
+    "Budget": "budget",
+    "Codebook": "codebook",
+    "Question": "engine.questions",
+    "Session": "engine.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

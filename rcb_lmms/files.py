@@ -141,21 +141,3 @@ def answers_hash(rows: Iterable[dict[str, Any]]) -> str:
     """
     answers = sorted((row["doc_id"], row["filtered_resps"]) for row in rows)
     return hashlib.sha256(json.dumps(answers, ensure_ascii=False).encode()).hexdigest()[:32]
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder, by name.
-
-    Raises:
-        UserError: no such folder, or no image in it.
-    """
-    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    found = sorted(file for file in folder.glob("*") if file.suffix.lower() in endings) if folder.is_dir() else []
-    if not found:
-        raise UserError(
-            wanted=f"images in {folder}",
-            found="no image there" if folder.is_dir() else "no such folder",
-            allowed="a folder of " + ", ".join(sorted(endings)),
-            next_step="rcb lab data --out DIR writes laboratory scenes, or name a folder of photographs",
-        )
-    return found

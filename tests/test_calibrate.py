@@ -22,14 +22,14 @@ import yaml
 from rcb_lmms import Codebook
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Documents, Target, fit, parse_targets, score_pass
+from rcb_lmms.calibration.calibrate import calibrate_images, calibrate_tasks, held_out
 from rcb_lmms.calibration.documents import ahead
 from rcb_lmms.calibration.scores import Store
-from rcb_lmms.calibration.tasks import calibrate_images, calibrate_tasks, held_out
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.models.documents import documents_of, load_benchmarks
+from rcb_lmms.models.benchmarks import documents_of, load_benchmarks
 from rcb_lmms.pruners import make_pruner
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.

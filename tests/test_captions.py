@@ -28,7 +28,7 @@ from rcb_lmms.resources import data_dir
 from rcb_lmms.runs import doctor
 from rcb_lmms.runs.folder import run_evaluation
 from rcb_lmms.runs.tasks import working_directory
-from rcb_lmms.scoring import caption_data, captions, corenlp, java, spice
+from rcb_lmms.scoring import caption_images, captions, corenlp, java, spice
 from rcb_lmms.scoring.rescore import add_scores
 
 JAVA = shutil.which("java")
@@ -43,7 +43,7 @@ PROMPT = (
 def own_places(tmp_path, monkeypatch):
     """A cache of the test's own, the stand-in for CoreNLP, and nothing remembered from other tests."""
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    for name in (caption_data.NOCAPS_ANNOTATIONS, caption_data.FLICKR30K_SPLITS):
+    for name in (caption_images.NOCAPS_ANNOTATIONS, caption_images.FLICKR30K_SPLITS):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "corenlp"
     folder.mkdir()
@@ -54,7 +54,7 @@ def own_places(tmp_path, monkeypatch):
         jar.write(Path(__file__).parent / "java" / parser, parser)
     monkeypatch.setenv(corenlp.VARIABLE, str(folder))
     captions._tokens.clear()
-    caption_data.say.cache_clear()
+    caption_images.say.cache_clear()
     return tmp_path
 
 
@@ -91,7 +91,7 @@ def corpus(count: int = 24, seed: int = 0) -> list[dict]:
 
     docs = [
         {"image_id": index, "annotations_captions": [sentence() for _ in range(5)]}
-        | {"domain": caption_data.DOMAINS[index % 3]}
+        | {"domain": caption_images.DOMAINS[index % 3]}
         for index in range(count)
     ]
     return [
@@ -380,59 +380,59 @@ def annotations(path: Path, domains: list[str]) -> str:
 
 def test_nocaps_takes_its_domains_from_the_authors_file_or_goes_without(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
-        assert "domain" not in caption_data.nocaps_docs(nocaps()).column_names
+        assert "domain" not in caption_images.nocaps_docs(nocaps()).column_names
     assert "NoCaps: overall scores only; RCB_NOCAPS_ANNOTATIONS=" in caplog.text
-    names = list(caption_data.DOMAINS)
-    monkeypatch.setenv(caption_data.NOCAPS_ANNOTATIONS, annotations(tmp_path / "a.json", names))
-    assert list(caption_data.nocaps_docs(nocaps())["domain"]) == names
-    assert list(caption_data.nocaps_docs(nocaps(domain=names[::-1]))["domain"]) == names[::-1]
-    monkeypatch.setenv(caption_data.NOCAPS_ANNOTATIONS, annotations(tmp_path / "b.json", names[:2]))
+    names = list(caption_images.DOMAINS)
+    monkeypatch.setenv(caption_images.NOCAPS_ANNOTATIONS, annotations(tmp_path / "a.json", names))
+    assert list(caption_images.nocaps_docs(nocaps())["domain"]) == names
+    assert list(caption_images.nocaps_docs(nocaps(domain=names[::-1]))["domain"]) == names[::-1]
+    monkeypatch.setenv(caption_images.NOCAPS_ANNOTATIONS, annotations(tmp_path / "b.json", names[:2]))
     with pytest.raises(UserError, match="no image 2 in it"):
-        caption_data.nocaps_docs(nocaps())
-    monkeypatch.setenv(caption_data.NOCAPS_ANNOTATIONS, annotations(tmp_path / "c.json", ["in", "near", "out"]))
+        caption_images.nocaps_docs(nocaps())
+    monkeypatch.setenv(caption_images.NOCAPS_ANNOTATIONS, annotations(tmp_path / "c.json", ["in", "near", "out"]))
     with pytest.raises(UserError, match="unchanged"):
-        caption_data.nocaps_docs(nocaps())
+        caption_images.nocaps_docs(nocaps())
     with pytest.raises(UserError, match="row 1 has 'inner'"):
-        caption_data.nocaps_docs(nocaps(domain=["in-domain", "inner", "in-domain"]))
+        caption_images.nocaps_docs(nocaps(domain=["in-domain", "inner", "in-domain"]))
 
 
 def test_karpathys_split_comes_from_a_column_or_his_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the variable is not set"):
-        caption_data.karpathy_docs(flickr())
+        caption_images.karpathy_docs(flickr())
     split = ["train", "test", "val"]
-    assert list(caption_data.karpathy_docs(flickr(split=split))["img_id"]) == ["1"]
+    assert list(caption_images.karpathy_docs(flickr(split=split))["img_id"]) == ["1"]
     images = [{"filename": f"{number}.jpg", "split": name} for number, name in enumerate(split)]
     file = tmp_path / "dataset_flickr30k.json"
     file.write_text(json.dumps({"images": images}))
-    monkeypatch.setenv(caption_data.FLICKR30K_SPLITS, str(file))
-    assert list(caption_data.karpathy_docs(flickr())["img_id"]) == ["1"]
+    monkeypatch.setenv(caption_images.FLICKR30K_SPLITS, str(file))
+    assert list(caption_images.karpathy_docs(flickr())["img_id"]) == ["1"]
     with pytest.raises(UserError, match="0 of them in the data set"):
-        caption_data.karpathy_docs(flickr(1))
+        caption_images.karpathy_docs(flickr(1))
 
 
 def test_what_will_be_blank_is_said_before_generation(no_java, caplog):
     with caplog.at_level(logging.WARNING):
-        caption_data.flickr_docs(flickr())
+        caption_images.flickr_docs(flickr())
     assert "CIDEr and SPICE will be left blank: not found; apt-get install" in caplog.text
     assert "rcb captions SAMPLES.jsonl scores them later" in caplog.text
 
 
 def test_missing_jars_are_said_before_generation_and_a_whole_machine_says_nothing(own_places, caplog):
     with caplog.at_level(logging.WARNING):
-        caption_data.flickr_docs(flickr())
+        caption_images.flickr_docs(flickr())
     assert caplog.text == ""
     (own_places / "corenlp" / corenlp.JARS[0]).unlink()
     with caplog.at_level(logging.WARNING):
-        caption_data.flickr_docs(flickr())
+        caption_images.flickr_docs(flickr())
     assert "SPICE will be left blank: no stanford-corenlp-3.6.0.jar" in caplog.text
     assert "CIDEr and" not in caplog.text
 
 
 def test_foreign_columns_and_images_without_references_are_refused():
     with pytest.raises(UserError, match="no caption"):
-        caption_data.flickr_docs(flickr().remove_columns("caption"))
+        caption_images.flickr_docs(flickr().remove_columns("caption"))
     with pytest.raises(UserError, match="none in row 0, 1, 2"):
-        caption_data.flickr_docs(flickr().map(lambda row: {"caption": []}, load_from_cache_file=False))
+        caption_images.flickr_docs(flickr().map(lambda row: {"caption": []}, load_from_cache_file=False))
 
 
 def write_task_data(folder: Path) -> Path:
@@ -494,9 +494,9 @@ def scores_of(run: Path) -> dict[str, dict]:
 
 
 def test_scores_added_after_a_run_without_java_are_those_of_the_run_with_it(runs, tmp_path, monkeypatch):
-    names = [caption_data.DOMAINS[index % 3] for index in range(6)]
+    names = [caption_images.DOMAINS[index % 3] for index in range(6)]
     with_java, file = tmp_path / "with", annotations(tmp_path / "domains.json", names)
-    monkeypatch.setenv(caption_data.NOCAPS_ANNOTATIONS, file)
+    monkeypatch.setenv(caption_images.NOCAPS_ANNOTATIONS, file)
     whole = scores_of(runs(with_java.name))
     nocaps_scores = whole["rcb_nocaps_val"]
     assert nocaps_scores["rcb_nocaps_cider,none"] is not None
@@ -510,13 +510,13 @@ def test_scores_added_after_a_run_without_java_are_those_of_the_run_with_it(runs
     captions._tokens.clear()
     path = os.environ["PATH"]
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    monkeypatch.delenv(caption_data.NOCAPS_ANNOTATIONS)
+    monkeypatch.delenv(caption_images.NOCAPS_ANNOTATIONS)
     run = runs("without")
     blank = json.loads((run / "results.json").read_text())["results"]
     assert blank["rcb_flickr30k"]["rcb_flickr_cider,none"] is None
     assert blank["rcb_dc100"]["rcb_dc100_words,none"] == whole["rcb_dc100"]["rcb_dc100_words,none"]
     monkeypatch.setenv("PATH", path)
-    monkeypatch.setenv(caption_data.NOCAPS_ANNOTATIONS, file)
+    monkeypatch.setenv(caption_images.NOCAPS_ANNOTATIONS, file)
     captions._tokens.clear()
     files = [str(run / f"samples_{task}.jsonl") for task in TASKS[:2]]
     shown = CliRunner().invoke(app, ["captions", *files])

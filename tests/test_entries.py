@@ -457,7 +457,7 @@ def test_a_video_question_reads_the_seconds_it_names(entry, tmp_path):
     """lmms-eval's chat protocol gives them as `start_time` and `end_time`."""
     from types import SimpleNamespace
 
-    from rcb_lmms.models.questions import Request
+    from rcb_lmms.models.requests import Request
 
     path = save_video(tmp_path / "a.mp4", 3, frames=20)  # four seconds
     family = entry("llava", "full", max_frames_num=2).family

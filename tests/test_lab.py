@@ -12,7 +12,7 @@ import torch
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl
-from rcb_lmms.lab import data, questions
+from rcb_lmms.lab import data, scene_questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS, POPE_CATEGORIES
 from rcb_lmms.lab.scenes import COLOURS, GRID, IMAGE_SIZE_PX, KINDS, PATCH_PX, make_scene
@@ -137,7 +137,7 @@ def holds(scene, text: str) -> bool:
 def test_answers_agree_with_a_reader_of_the_words(kind):
     asked = 0
     for scene in SCENES:
-        pair = questions.KINDS_OF_QUESTION[kind](scene, np.random.default_rng(scene.index))
+        pair = scene_questions.KINDS_OF_QUESTION[kind](scene, np.random.default_rng(scene.index))
         assert [q.answer for q in pair] in ([], ["Yes", "No"])
         assert all(q.kind == kind and holds(scene, q.text) == (q.answer == "Yes") for q in pair)
         asked += len(pair)
@@ -147,7 +147,7 @@ def test_answers_agree_with_a_reader_of_the_words(kind):
 def test_a_choice_of_places_is_answered_by_the_true_one():
     asked = 0
     for scene in SCENES:
-        for question in questions.where(scene, np.random.default_rng(scene.index)):
+        for question in scene_questions.where(scene, np.random.default_rng(scene.index)):
             name, rest = re.fullmatch(r"Is the ((?:\w+ )?\w+?) ((?:to|on|at|above|below).*)", question.text).groups()
             second = r"(.*? or (?:to the \w+ of|above|below|on the \w+ side|at the \w+))( .*)"
             choice, end = re.fullmatch(second, rest).groups()
@@ -162,7 +162,7 @@ def test_pope_negatives_belong_to_their_category():
     for scene in SCENES:
         kinds, colours = {o.kind for o in scene.objects}, {o.colour for o in scene.objects}
         for category in POPE_CATEGORIES:
-            phrases = questions.absent_phrases(scene, category)
+            phrases = scene_questions.absent_phrases(scene, category)
             assert len(phrases) >= 3
             assert not any(holds(scene, f"Is there a {phrase} in the image?") for phrase in phrases)
         assert all(p.split()[0] in colours or p.split()[1] in kinds for p in phrases)
@@ -171,15 +171,15 @@ def test_pope_negatives_belong_to_their_category():
 def test_probe_names_an_object_or_anything_where_there_is_none():
     scene = next(s for s in SCENES if len({o.kind for o in s.objects}) >= 3)
     random = np.random.default_rng(0)
-    assert {questions.probe(scene, random)[0].answer for _ in range(60)} == {o.kind for o in scene.objects}
+    assert {scene_questions.probe(scene, random)[0].answer for _ in range(60)} == {o.kind for o in scene.objects}
     empty = dataclasses.replace(scene, objects=())
-    assert {questions.probe(empty, random)[0].answer for _ in range(200)} == set(KINDS)
+    assert {scene_questions.probe(empty, random)[0].answer for _ in range(200)} == set(KINDS)
 
 
 def test_blind_answers_do_not_depend_on_the_truth():
     random, answers = np.random.default_rng(0), {}
     for scene in SCENES:
-        for question in questions.blind(scene, random, pairs=20):
+        for question in scene_questions.blind(scene, random, pairs=20):
             if question.kind != "probe":
                 answers.setdefault((question.kind, holds(scene, question.text)), []).append(question.answer == "Yes")
     assert not any(answers["pope", True] + answers["existence", True])
@@ -200,7 +200,7 @@ def test_examples_ask_only_about_what_they_show(model_and_wording):
         for prompted in view.questions:
             text = processor.decode(prompted.prompt).split(" ASSISTANT:")[0].strip()
             if m := re.match(r"Is there a ([\w ]+?) in the image\?", text):
-                seen = any(questions.matches(scene.objects[index], m[1]) for index in shown)
+                seen = any(scene_questions.matches(scene.objects[index], m[1]) for index in shown)
                 assert processor.decode(prompted.answer, skip_special_tokens=True).strip() == ("Yes" if seen else "No")
                 checked += 1
     assert checked > 60
@@ -222,12 +222,12 @@ def test_words_are_single_tokens_and_other_text_survives(model_and_wording):
 
 def test_wording_equals_the_chat_template(model_and_wording):
     _, wording, processor = model_and_wording
-    question = questions.Question("pope", "Is there a red circle in the image?", "Yes")
-    content = [{"type": "image"}, {"type": "text", "text": question.text + questions.PHRASE_SUFFIX}]
+    question = scene_questions.Question("pope", "Is there a red circle in the image?", "Yes")
+    content = [{"type": "image"}, {"type": "text", "text": question.text + scene_questions.PHRASE_SUFFIX}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
     text = processor.apply_chat_template([{"role": "user", "content": content}, answer])
     ids = processor(images=SCENES[0].image(), text=text, return_tensors="pt")["input_ids"][0].tolist()
-    prompted = wording(question, questions.PHRASE_SUFFIX)
+    prompted = wording(question, scene_questions.PHRASE_SUFFIX)
     image = [processor.tokenizer.convert_tokens_to_ids("<image>")] * GRID**2
     assert ids == wording.prefix + image + prompted.prompt + prompted.answer
 
@@ -243,8 +243,8 @@ def test_packed_questions_see_the_image_but_not_each_other(model_and_wording):
     features = torch.randn(2, 30, model.config.text_config.hidden_size)
     first, other, second = (
         wording(q)
-        for q in questions.pope(SCENES[0], np.random.default_rng(1))
-        + questions.probe(SCENES[0], np.random.default_rng(1))
+        for q in scene_questions.pope(SCENES[0], np.random.default_rng(1))
+        + scene_questions.probe(SCENES[0], np.random.default_rng(1))
     )
     kept = [30, 12]
 
@@ -386,8 +386,8 @@ def test_pope_tree_matches_schema_and_upstream(offline):
             assert [r["answer"] for r in part] == ["yes", "no"] * 3
             assert all(holds(scene, r["question"]) == (r["answer"] == "yes") for r in part)
             assert len({r["question"] for r in part}) == 6
-    specific = {"pre_prompt": "", "post_prompt": questions.PHRASE_SUFFIX}
-    assert pope_doc_to_text(rows[0], specific) == rows[0]["question"] + questions.PHRASE_SUFFIX
+    specific = {"pre_prompt": "", "post_prompt": scene_questions.PHRASE_SUFFIX}
+    assert pope_doc_to_text(rows[0], specific) == rows[0]["question"] + scene_questions.PHRASE_SUFFIX
     np.testing.assert_array_equal(np.asarray(pope_doc_to_visual(rows[0])[0]), make_scene("test", 0).pixels())
     full = offline("lmms-lab/POPE", "Full")
     assert {name: len(part) for name, part in full.items()} == dict.fromkeys(POPE_CATEGORIES, 18)
@@ -399,11 +399,11 @@ def test_mme_tree_matches_schema_and_upstream(offline):
     rows = offline("lmms-lab-encoder/MME")["test"]
     assert set(rows.column_names) == {"question_id", "question", "answer", "category", "image"}
     assert len(rows) == 2 * 2 * len(MME_SUBTASKS)
-    specific = {"pre_prompt": "", "post_prompt": questions.PHRASE_SUFFIX}
+    specific = {"pre_prompt": "", "post_prompt": scene_questions.PHRASE_SUFFIX}
     results = []
     for row in rows:
         text = mme_doc_to_text(row, specific)
-        assert text.endswith("?" + questions.PHRASE_SUFFIX)
+        assert text.endswith("?" + scene_questions.PHRASE_SUFFIX)
         assert "yes or no" not in text
         results.append(mme_process_results(row, [row["answer"]])["mme_perception_score"])
     assert mme_aggregate_results(results) == 200 * len(MME_SUBTASKS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from rcb_lmms.lab import data, questions
+from rcb_lmms.lab import data, scene_questions
 from rcb_lmms.lab.checkpoint import lab_checkpoint
 from rcb_lmms.lab.image_data import MME_SUBTASKS
 from rcb_lmms.lab.scenes import make_scene
@@ -47,7 +47,7 @@ def test_model_looks_at_the_objects(table):
 
 def test_probe_is_sure_of_objects_and_unsure_of_background(loaded):
     processor, model = loaded
-    content = [{"type": "image"}, {"type": "text", "text": questions.PROBE}]
+    content = [{"type": "image"}, {"type": "text", "text": scene_questions.PROBE}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     before, after = (
         processor.tokenizer(part, return_tensors="pt", add_special_tokens=special)["input_ids"]
@@ -75,8 +75,8 @@ def test_stock_transformers_answers_yes_and_no(loaded):
     right = asked = 0
     for index in range(8):
         scene = make_scene("test", index)
-        for question in questions.pope(scene, np.random.default_rng(index)):
-            text = question.text + questions.PHRASE_SUFFIX
+        for question in scene_questions.pope(scene, np.random.default_rng(index)):
+            text = question.text + scene_questions.PHRASE_SUFFIX
             content = [{"type": "image", "image": scene.image()}, {"type": "text", "text": text}]
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],

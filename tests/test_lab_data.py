@@ -1,7 +1,7 @@
 """The laboratory's ten benchmarks as lmms-eval's own tasks and this package's read them.
 
 While the trees are written, a recorder keeps what was asked about which objects. That is the oracle: every task must
-ask those questions in the very words of `prompts`, which models are taught, and take the recorded answers for right.
+ask those questions in the very words of `wordings`, which models are taught, and take the recorded answers for right.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from rcb_lmms.cli import app
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.video import VideoReader
-from rcb_lmms.lab import caption_data, data, image_data, media_data, prompts
+from rcb_lmms.lab import caption_data, data, image_data, media_data, wordings
 from rcb_lmms.lab.choices import VIDEO_KINDS, Choice
 from rcb_lmms.lab.moving import DIRECTIONS
-from rcb_lmms.lab.questions import CAPTION_PROMPTS, Question, named_objects, sentence
+from rcb_lmms.lab.scene_questions import CAPTION_PROMPTS, Question, named_objects, sentence
 from rcb_lmms.lab.scenes import Scene, make_large_scene, make_scene
 from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
@@ -148,7 +148,7 @@ def parts(tasks, name):
 
 def right_answer(doc):
     if "candidates" in doc:
-        return prompts.LETTERS[doc["candidates"].index(doc["answer"])]
+        return wordings.LETTERS[doc["candidates"].index(doc["answer"])]
     captions = doc.get("annotations_captions") or doc.get("caption")
     return captions[0] if captions else doc["answer"]
 
@@ -157,7 +157,7 @@ def wrong_answer(doc):
     right = right_answer(doc)
     if right.lower() in ("yes", "no"):
         return {"yes": "No", "no": "Yes"}[right.lower()]
-    return {"A": "B"}.get(right, "A") if right in prompts.LETTERS else "nothing whatsoever"
+    return {"A": "B"}.get(right, "A") if right in wordings.LETTERS else "nothing whatsoever"
 
 
 @pytest.mark.parametrize(("benchmark", "name"), NAMES)
@@ -180,18 +180,18 @@ def test_the_right_answers_have_the_full_score_and_wrong_ones_less(benchmark, na
 
 
 WORDINGS = {
-    "mmbench_en_dev_static": (prompts.mmbench,),
-    "rcb_mmbench_en_dev": (prompts.mmbench,),
-    "seedbench": (prompts.lettered,),
-    "rcb_seed_image": (prompts.lettered,),
-    "realworldqa": (prompts.realworldqa, prompts.realworldqa_open),
-    "rcb_realworldqa": (prompts.realworldqa, prompts.realworldqa_open),
-    "mantis": (prompts.mantis, prompts.mantis_short),
-    "rcb_mantis": (prompts.rcb_mantis, prompts.mantis_short),
-    "muirbench": (prompts.lettered,),
-    "rcb_muirbench": (prompts.lettered,),
-    "mvbench": (prompts.mvbench,),
-    "rcb_mvbench": (prompts.rcb_mvbench,),
+    "mmbench_en_dev_static": (wordings.mmbench,),
+    "rcb_mmbench_en_dev": (wordings.mmbench,),
+    "seedbench": (wordings.lettered,),
+    "rcb_seed_image": (wordings.lettered,),
+    "realworldqa": (wordings.realworldqa, wordings.realworldqa_open),
+    "rcb_realworldqa": (wordings.realworldqa, wordings.realworldqa_open),
+    "mantis": (wordings.mantis, wordings.mantis_short),
+    "rcb_mantis": (wordings.rcb_mantis, wordings.mantis_short),
+    "muirbench": (wordings.lettered,),
+    "rcb_muirbench": (wordings.lettered,),
+    "mvbench": (wordings.mvbench,),
+    "rcb_mvbench": (wordings.rcb_mvbench,),
 }
 
 

@@ -348,8 +348,8 @@ def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tm
     from rcb_lmms.engine.questions import content_of
     from rcb_lmms.families import load_family
     from rcb_lmms.models import journal
-    from rcb_lmms.models.ledger import VisualTokenCounts
-    from rcb_lmms.models.questions import Request
+    from rcb_lmms.models.record import VisualTokenCounts
+    from rcb_lmms.models.requests import Request
 
     family = load_family(checkpoint)
     folder = tmp_path / "answers"

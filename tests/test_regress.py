@@ -202,9 +202,7 @@ def test_another_subset_codebook_or_checkpoint_is_refused_by_name(recorded, decl
 def test_behaviour_that_changed_behind_the_same_arguments_is_a_regression(recorded, manager, capsys, monkeypatch):
     path = recorded("random")
     select = RandomPruning.select
-    monkeypatch.setattr(
-        RandomPruning, "select", lambda self, *given: select(dataclasses.replace(self, seed=2), *given)
-    )
+    monkeypatch.setattr(RandomPruning, "select", lambda self, *given: select(dataclasses.replace(self, seed=2), *given))
     status, text = check(path, manager, capsys)
     assert status == 1
     assert "REGRESSED random" in text
@@ -318,7 +316,7 @@ def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsy
 
 def test_samples_that_fail_or_benchmarks_that_are_not_there_are_no_regression(recorded, manager, capsys, monkeypatch):
     path = recorded("random")
-    from rcb_lmms.models.questions import Request
+    from rcb_lmms.models.requests import Request
 
     def unreadable(self, family):
         raise UserError(wanted="read an image", found="noise", allowed="an image", next_step="mend it")

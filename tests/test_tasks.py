@@ -16,9 +16,8 @@ from rcb_lmms.models import ENTRIES
 from rcb_lmms.runs import host
 from rcb_lmms.runs.tasks import make_task_manager, working_directory
 from rcb_lmms.scoring import estimates, mmbench, mme, mvbench, pope, schema
-from rcb_lmms.scoring.choices import letter
+from rcb_lmms.scoring.answers import letter, yes_no
 from rcb_lmms.scoring.estimates import Term
-from rcb_lmms.scoring.yes_no import yes_no
 
 SINGLE = ("rcb_pope", "rcb_mme", "rcb_mmbench_en_dev", "rcb_seed_image", "rcb_realworldqa")
 TASKS = (*SINGLE, "rcb_mantis", "rcb_muirbench", "rcb_mvbench")

@@ -16,7 +16,7 @@ from rcb_lmms.pruners.none import NoPruning
 
 def unpruned(family, text, images=(), frames=()):
     """Embeddings that reach the language model, and logits, when Hugging Face does everything."""
-    media = ["video"] * bool(frames) + ["image"] * len(images)
+    media = (["video"] if frames else []) + ["image"] * len(images)
     messages = [{"role": "user", "content": interleave(text, media)}]
     prompt = family.processor.apply_chat_template(messages, add_generation_prompt=True)
     own = {"images": [list(images)]} if images else {"videos": [np.stack([np.asarray(frame) for frame in frames])]}

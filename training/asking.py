@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from rcb_lmms.lab import prompts
+from rcb_lmms.lab import wordings
 from rcb_lmms.lab.choices import (
     IMAGE_KINDS,
     SEVERAL_KINDS,
@@ -15,8 +15,7 @@ from rcb_lmms.lab.choices import (
     several_choices,
     video_choices,
 )
-from rcb_lmms.lab.prompts import Question
-from rcb_lmms.lab.questions import (
+from rcb_lmms.lab.scene_questions import (
     COUNT_WORDS,
     KINDS_OF_QUESTION,
     ONE_WORD_SUFFIX,
@@ -28,6 +27,7 @@ from rcb_lmms.lab.questions import (
     probe,
 )
 from rcb_lmms.lab.scenes import Scene
+from rcb_lmms.lab.wordings import Question
 
 _SUFFIX_WEIGHTS = {PHRASE_SUFFIX: 0.25, ONE_WORD_SUFFIX: 0.1, YES_NO_SUFFIX: 0.1, "": 0.55}
 _IMAGE_PROBABILITIES = (0.3, 0.2, 0.3, 0.2)
@@ -39,8 +39,8 @@ def first(view, pairs: int, random: np.random.Generator, progress: float) -> lis
     """Questions with their suffixes, about what a `View` shows: yes and no, single words, and options for media."""
     objects, medium = _visible(view), view.example.medium
     if medium in ("several", "video"):
-        wordings = (prompts.mvbench,) if medium == "video" else (prompts.lettered,)
-        return _choices(view, objects, pairs - 1, random, wordings) + _loose(view, objects, random)
+        wording = wordings.mvbench if medium == "video" else wordings.lettered
+        return _choices(view, objects, pairs - 1, random, (wording,)) + _loose(view, objects, random)
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
     if not objects:
         return [(question, _suffix(question, random)) for question in blind(view.example.scene, random, pairs)]
@@ -55,16 +55,16 @@ def benchmarks(view, pairs: int, random: np.random.Generator, progress: float) -
     """The prompts of all ten benchmarks, with enough of the first stage's questions to keep what is known."""
     objects, medium = _visible(view), view.example.medium
     if medium == "video":
-        return _choices(view, objects, 4, random, prompts.VIDEO) + _loose(view, objects, random)
+        return _choices(view, objects, 4, random, wordings.VIDEO) + _loose(view, objects, random)
     if medium == "several":
-        asked = _choices(view, objects, 3, random, prompts.SEVERAL_IMAGES) + _loose(view, objects, random)
-        return asked + [(_reworded(q, prompts.mantis_short), "") for q in _short_questions(objects, random)]
+        asked = _choices(view, objects, 3, random, wordings.SEVERAL_IMAGES) + _loose(view, objects, random)
+        return asked + [(_reworded(q, wordings.mantis_short), "") for q in _short_questions(objects, random)]
     if not objects:
         asked = [(question, _suffix(question, random)) for question in blind(view.example.scene, random, 2)]
-        return asked + _choices(view, view.example.objects, 2, random, prompts.ONE_IMAGE, guess=True)
+        return asked + _choices(view, view.example.objects, 2, random, wordings.ONE_IMAGE, guess=True)
     scene = dataclasses.replace(view.example.scene, objects=tuple(objects))
-    asked = _choices(view, objects, 3, random, prompts.ONE_IMAGE)
-    asked += [(_reworded(q, prompts.realworldqa_open), "") for q in open_question(scene, random)]
+    asked = _choices(view, objects, 3, random, wordings.ONE_IMAGE)
+    asked += [(_reworded(q, wordings.realworldqa_open), "") for q in open_question(scene, random)]
     loose = probe(scene, random) if random.random() < 0.3 else []
     loose += _of_kinds(KEPT_WEIGHTS[medium], 2, scene, random)
     loose += caption(scene, random) if random.random() < 0.6 else []

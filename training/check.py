@@ -12,9 +12,9 @@ import typer
 
 from rcb_lmms.errors import exit_on_user_error
 from rcb_lmms.lab.checkpoint import lab_checkpoint
-from rcb_lmms.lab.prompts import Question
-from rcb_lmms.lab.questions import KINDS_OF_QUESTION, PHRASE_SUFFIX, pope
+from rcb_lmms.lab.scene_questions import KINDS_OF_QUESTION, PHRASE_SUFFIX, pope
 from rcb_lmms.lab.scenes import IMAGE_SIZE_PX, Scene, make_scene
+from rcb_lmms.lab.wordings import Question
 from training.language import TOKENS, Wording
 from training.packing import pack, run_packed
 

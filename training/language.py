@@ -11,9 +11,9 @@ import functools
 
 import numpy as np
 
-from rcb_lmms.lab.prompts import LETTERS, Question
-from rcb_lmms.lab.questions import plural
+from rcb_lmms.lab.scene_questions import plural
 from rcb_lmms.lab.scenes import COLOURS, GRID, KINDS
+from rcb_lmms.lab.wordings import LETTERS, Question
 from training import examples
 from training.examples import Example
 from training.packing import Packed, Prompted, pack

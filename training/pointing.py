@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rcb_lmms.lab.prompts import LETTERS
 from rcb_lmms.lab.scenes import SceneObject
+from rcb_lmms.lab.wordings import LETTERS
 from training.packing import Packed
 
 # The second layer is the first in which a noun can know its adjective.

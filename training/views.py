@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcb_lmms.lab.questions import COUNT_WORDS
+from rcb_lmms.lab.scene_questions import COUNT_WORDS
 from rcb_lmms.lab.scenes import GRID, SceneObject
 from training import asking
 from training.examples import Example

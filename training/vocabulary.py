@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rcb_lmms.lab.places import OPPOSITE, SIDES
-from rcb_lmms.lab.questions import (
+from rcb_lmms.lab.scene_questions import (
     CAPTION_PROMPTS,
     COUNT_WORDS,
     ONE_WORD_SUFFIX,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.cli.options import Batch, Device, Dtype, Preprocess, Pretrained
+from rcb_lmms.cli.common import Batch, Device, Dtype, Preprocess, Pretrained
 
 codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="Checkpoints of the original LLaVA code.", no_args_is_help=True)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.cli.options import Device, Dtype, Preprocess, Pretrained
+from rcb_lmms.cli.common import Device, Dtype, Preprocess, Pretrained
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import find_images
 
 app = typer.Typer()
 
@@ -51,7 +50,8 @@ def calibrate(
     from rcb_lmms.runs.local_videos import use_local_videos
 
     use_local_videos()  # before lmms-eval is imported
-    from rcb_lmms.calibration.command import over_images, over_tasks
+    from rcb_lmms.calibration.printing import over_images, over_tasks
+    from rcb_lmms.codebook.listing import find_images
     from rcb_lmms.families import family_of
     from rcb_lmms.models import entry_id
 
@@ -61,7 +61,7 @@ def calibrate(
     if images is not None:
         lines = over_images(model, find_images(images), keep, match, out, **loading)
     else:
-        from rcb_lmms.models.documents import load_benchmarks
+        from rcb_lmms.models.benchmarks import load_benchmarks
         from rcb_lmms.runs.tasks import make_task_manager
 
         def benchmarks():

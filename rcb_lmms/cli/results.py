@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.cli.options import Preprocess, Pretrained
+from rcb_lmms.cli.common import Preprocess, Pretrained
 
 app = typer.Typer()
 

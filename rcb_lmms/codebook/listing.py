@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import find_images, no_file
+from rcb_lmms.files import no_file
 
 
 def images_of(folder: Path | None, listing: Path | None, limit: int | None = None) -> list[Path]:
@@ -36,6 +36,24 @@ def images_of(folder: Path | None, listing: Path | None, limit: int | None = Non
     found = [home / name for name in _names(listing, home)[:limit]]
     if missing := [str(path) for path in found if no_file(path)]:
         raise _unreadable(listing, f"{len(missing)} of its images are not there, the first is {missing[0]}")
+    return found
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files of a folder, by name.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    found = sorted(file for file in folder.glob("*") if file.suffix.lower() in endings) if folder.is_dir() else []
+    if not found:
+        raise UserError(
+            wanted=f"images in {folder}",
+            found="no image there" if folder.is_dir() else "no such folder",
+            allowed="a folder of " + ", ".join(sorted(endings)),
+            next_step="rcb lab data --out DIR writes laboratory scenes, or name a folder of photographs",
+        )
     return found
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.lab.image_data import ORGANISATION, Draw
-from rcb_lmms.lab.questions import enumerated, named_objects, sentence
+from rcb_lmms.lab.scene_questions import enumerated, named_objects, sentence
 from rcb_lmms.lab.scenes import Scene, generator, make_scene
 from rcb_lmms.lab.tree import IMAGE, TEXT, columns, png, write_configurations
-from rcb_lmms.scoring.caption_data import DOMAINS, FLICKR30K_FILE, NOCAPS_FILE
+from rcb_lmms.scoring.caption_images import DOMAINS, FLICKR30K_FILE, NOCAPS_FILE
 
 NOCAPS_REFERENCES, FLICKR30K_REFERENCES = 10, 5
 # {be} is "is" or "are", as the first name wants it.

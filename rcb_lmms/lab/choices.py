@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcb_lmms.lab.moving import DIRECTIONS
-from rcb_lmms.lab.prompts import LETTERS, Question
-from rcb_lmms.lab.questions import COUNT_WORDS
+from rcb_lmms.lab.scene_questions import COUNT_WORDS
 from rcb_lmms.lab.scenes import COLOURS, SHAPES, SceneObject
+from rcb_lmms.lab.wordings import LETTERS, Question
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Choice:
         return LETTERS[self.right]
 
     def asked(self, wording: Callable[[Choice], str]) -> Question:
-        """The question in a benchmark's words, one of `prompts`."""
+        """The question in a benchmark's words, one of `wordings`."""
         return Question(self.kind, wording(self), self.letter, self.about)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rcb_lmms.lab import prompts
+from rcb_lmms.lab import wordings
 from rcb_lmms.lab.choices import IMAGE_KINDS, image_choices
-from rcb_lmms.lab.questions import (
+from rcb_lmms.lab.scene_questions import (
     KINDS_OF_QUESTION,
     YES_NO_SUFFIX,
     absent_phrases,
@@ -129,9 +129,9 @@ def write_realworldqa(out: Path, split: str, questions: int, draw: Draw = make_s
     rows = []
     for number, (scene, found) in enumerate(_asked(f"{split}-realworldqa", questions, draw, ask)):
         if number % 3 == 2:
-            row = {"question": prompts.realworldqa_open(found.text), "answer": found.answer}
+            row = {"question": wordings.realworldqa_open(found.text), "answer": found.answer}
         else:
-            row = {"question": prompts.realworldqa(found), "answer": found.letter}
+            row = {"question": wordings.realworldqa(found), "answer": found.letter}
         rows.append(row | {"image_path": f"{number}.webp", "image": png(scene)})
     schema = columns(("question", "answer", "image_path")) | {"image": IMAGE}
     write_configurations(out / ORGANISATION / "RealWorldQA", {"default": {"test": rows}}, schema)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.lab import prompts
+from rcb_lmms.lab import wordings
 from rcb_lmms.lab.choices import SEVERAL_KINDS, several_choices, video_choices
 from rcb_lmms.lab.image_data import Draw
 from rcb_lmms.lab.moving import MovingScene, make_moving_scene
-from rcb_lmms.lab.questions import COUNT_WORDS, open_question
+from rcb_lmms.lab.scene_questions import COUNT_WORDS, open_question
 from rcb_lmms.lab.scenes import NUMBER, Scene, SceneObject, generator, make_scene
 from rcb_lmms.lab.tree import IMAGE, TEXT, columns, png, write_configurations
 
@@ -80,7 +80,7 @@ def write_mantis(out: Path, split: str, questions: int, draw: Draw = make_scene)
         if short:
             row |= {"question_type": "short-answer", "options": [], "answer": found[0].answer}
         else:
-            options = prompts.bracketed(found[0].options)
+            options = wordings.bracketed(found[0].options)
             row |= {"question_type": "multi-choice", "options": options, "answer": found[0].letter}
         rows.append(row | {"data_source": "laboratory", "category": found[0].kind})
     texts = ("id", "question_type", "question", "answer", "data_source", "category")

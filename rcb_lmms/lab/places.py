@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from rcb_lmms.lab.prompts import Question
 from rcb_lmms.lab.scenes import IMAGE_SIZE_PX, Scene
+from rcb_lmms.lab.wordings import Question
 
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 SIDES = {"on the left side": "on the right side", "at the top": "at the bottom"}

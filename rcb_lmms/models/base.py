@@ -21,10 +21,10 @@ from rcb_lmms.families import load_family
 from rcb_lmms.models import entry_id, invocation
 from rcb_lmms.models.argument_types import parse_arguments
 from rcb_lmms.models.arguments import describe, resolve
-from rcb_lmms.models.budgets import calibrate_requests
+from rcb_lmms.models.benchmarks import calibrate_requests
 from rcb_lmms.models.journal import Journal
-from rcb_lmms.models.ledger import RunRecord, VisualTokenCounts, report_metrics, summarize, versions
-from rcb_lmms.models.questions import Request, grouped
+from rcb_lmms.models.record import RunRecord, VisualTokenCounts, report_metrics, summarize, versions
+from rcb_lmms.models.requests import Request, grouped
 from rcb_lmms.pruners.base import Pruner
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.errors import UserError
 
 if TYPE_CHECKING:
-    from rcb_lmms.models.ledger import RunRecord
+    from rcb_lmms.models.record import RunRecord
 
 # Position of torch's seed among the four that `--seed` takes: python, numpy, torch, few-shot.
 TORCH_SEED = 2

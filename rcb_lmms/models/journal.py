@@ -18,8 +18,8 @@ from lmms_eval.api.instance import GenerationResult
 from rcb_lmms.engine.questions import content_of
 from rcb_lmms.families.base import Family
 from rcb_lmms.files import append_jsonl, read_jsonl
-from rcb_lmms.models.ledger import VisualTokenCounts
-from rcb_lmms.models.questions import Request
+from rcb_lmms.models.record import VisualTokenCounts
+from rcb_lmms.models.requests import Request
 from rcb_lmms.resources import sources_hash
 
 

@@ -103,7 +103,7 @@ class Pruner(ABC):
         rewrites: whether `Selection.features` holds merged tokens.
         ascending: whether kept tokens come in raster order.
         reprunes: of a layer method, whether every decoded token prunes the prompt anew.
-        mode: of a layer method, `drop` or `mask`; see `rcb_lmms.engine.prune_in_layers`.
+        mode: of a layer method, `drop` or `mask`; see `rcb_lmms.engine.layer_pruning.prune_in_layers`.
         positions: of a layer method, `original` or `contiguous`; see there.
         least: tokens that it leaves of a view at least.
         official_options: by family, options of the released code that differ from the class's defaults.

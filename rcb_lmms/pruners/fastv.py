@@ -13,7 +13,7 @@ from rcb_lmms.pruners.none import keep_all
 
 @dataclass(frozen=True)
 class FastV(Pruner):
-    """Pruning inside the decoder: this class holds the numbers, `rcb_lmms.engine.prune_at_layer` does the work.
+    """Pruning inside the decoder: this class holds the numbers, `rcb_lmms.engine.layer_pruning` does the work.
 
     Attributes:
         layer: decoder layers that see every token; the attention of the last of them gives the scores (K = 2 in the

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rcb_lmms.engine.encoding import ImageEncoder
     from rcb_lmms.families.base import Family
     from rcb_lmms.models.base import PrunedModel
-    from rcb_lmms.models.ledger import RunRecord
-    from rcb_lmms.models.questions import Request
+    from rcb_lmms.models.record import RunRecord
+    from rcb_lmms.models.requests import Request
     from rcb_lmms.pruners.base import Pruner
 
 # Not what an answer depends on, or said better by a hash of content.
@@ -149,7 +149,7 @@ def _fitted(model: PrunedModel, run: RunRecord, task: str) -> Pruner:
 def _samples(
     name: str, task: Any, names: list[str], results: dict[str, Any], encoder: ImageEncoder, pruner: Pruner
 ) -> Iterator[Sample]:
-    from rcb_lmms.models.questions import Request
+    from rcb_lmms.models.requests import Request
 
     rows = {row["doc_id"]: row for row in results["samples"][name]}
     for request in task.instances:

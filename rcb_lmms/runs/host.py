@@ -27,7 +27,7 @@ from rcb_lmms.runs.folder import locked
 from rcb_lmms.runs.local_videos import use_local_videos
 
 if TYPE_CHECKING:
-    from rcb_lmms.models.ledger import RunRecord
+    from rcb_lmms.models.record import RunRecord
 
 # The subcommands of lmms-eval that do not evaluate, and the flag that only computes a sample size.
 OTHER_COMMANDS = {"tasks", "models", "ui", "serve", "power", "version", "tui", "mcp"}
@@ -164,7 +164,7 @@ def _show(run: argparse.Namespace, results: dict[str, Any], records: list[RunRec
     """Print the scores as lmms-eval does, and below them what they cost: a row a task."""
     from lmms_eval.utils import make_table
 
-    from rcb_lmms.models.ledger import cost_table
+    from rcb_lmms.models.record import cost_table
 
     print(f"{run.model} ({run.model_args}), limit: {run.limit}, batch_size: {run.batch_size}\n")
     scores = {**results, "throughput": {}} if records else results

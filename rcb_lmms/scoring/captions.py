@@ -18,7 +18,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 from rcb_lmms.models import ENTRIES
 from rcb_lmms.resources import cache_dir
-from rcb_lmms.scoring.caption_data import say
+from rcb_lmms.scoring.caption_images import say
 from rcb_lmms.scoring.corenlp import pycocoevalcap_dir
 from rcb_lmms.scoring.java import run_java
 from rcb_lmms.scoring.spice import spice_scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.scoring.choices import letter, letters, row
+from rcb_lmms.scoring.answers import letter, letters, row
 from rcb_lmms.scoring.estimates import with_stderr
 from rcb_lmms.scoring.placeholders import count_images, place_all
 from rcb_lmms.scoring.schema import IMAGES, TEXT, TEXTS, check_columns, check_values, refuse

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.scoring import estimates
-from rcb_lmms.scoring.choices import letter, row
+from rcb_lmms.scoring.answers import letter, row
 from rcb_lmms.scoring.estimates import Term, with_stderr
 from rcb_lmms.scoring.schema import IMAGE, INTEGER, TEXT, check_columns, check_values
 

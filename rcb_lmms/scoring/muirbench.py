@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.scoring.choices import letter, letters, row
+from rcb_lmms.scoring.answers import letter, letters, row
 from rcb_lmms.scoring.estimates import with_stderr
 from rcb_lmms.scoring.placeholders import PLACEHOLDER, count_images, place_all
 from rcb_lmms.scoring.schema import IMAGES, TEXT, TEXTS, check_columns, refuse

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError, leave_with
-from rcb_lmms.scoring.choices import letter, letters, row
+from rcb_lmms.scoring.answers import letter, letters, row
 from rcb_lmms.scoring.estimates import with_stderr
 from rcb_lmms.scoring.schema import TEXT, TEXTS, check_columns, check_values, refuse
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.models import ENTRIES
 from rcb_lmms.scoring import estimates
-from rcb_lmms.scoring.choices import row
+from rcb_lmms.scoring.answers import row, yes_no
 from rcb_lmms.scoring.estimates import Term, with_stderr
 from rcb_lmms.scoring.schema import IMAGE, TEXT, check_columns, check_values
-from rcb_lmms.scoring.yes_no import yes_no
 
 if TYPE_CHECKING:
     from datasets import Dataset

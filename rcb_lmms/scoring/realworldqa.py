@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.scoring.choices import letter, row
+from rcb_lmms.scoring.answers import letter, row, yes_no
 from rcb_lmms.scoring.estimates import with_stderr
 from rcb_lmms.scoring.schema import IMAGE, TEXT, check_columns
-from rcb_lmms.scoring.yes_no import yes_no
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import read_jsonl, write_atomic
-from rcb_lmms.scoring.caption_data import NOCAPS_ANNOTATIONS, nocaps_domain
+from rcb_lmms.scoring.caption_images import NOCAPS_ANNOTATIONS, nocaps_domain
 from rcb_lmms.scoring.captions import KINDS, Item, entries, score
 from rcb_lmms.scoring.java import java_banner
 

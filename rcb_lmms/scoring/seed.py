@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.scoring.choices import letter, row
+from rcb_lmms.scoring.answers import letter, row
 from rcb_lmms.scoring.estimates import with_stderr
 from rcb_lmms.scoring.schema import IMAGES, TEXT, check_columns, check_values, refuse
 

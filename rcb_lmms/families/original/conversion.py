@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.original.layout import Original, model_config
 from rcb_lmms.families.original.processors import end_of_turn, load_tokenizer, make_processor, placeholder_ids
-from rcb_lmms.families.original.weights import TABLES, Stored, placed, read, stored_weights
+from rcb_lmms.families.original.stored import TABLES, Stored, placed, read, stored_weights
 from rcb_lmms.families.weights import DTYPES, check_finite, told
 from rcb_lmms.files import unwritable
 

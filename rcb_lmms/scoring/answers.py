@@ -1,4 +1,4 @@
-"""Which option an answer names, and how tasks of lettered options are scored."""
+"""What an answer says: yes or no, or which of the lettered options; and the row in which a question is kept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ _ALONE = r"""(?=\s*$|\s*[)\]:;*"!]|\s*\n|\s+-\s|'(?!\w)|\.(?!\w\b)|\s*,(?!\s*[(\
 _FIRST = re.compile(rf"""[\s(\["'*]*([A-Za-z]){_ALONE}""")
 _SAID = re.compile(rf"""(?i:\b(?:answer|option|choice)\b(?:\s+is)?(?:\s*:)?(?:\s+option)?)[\s(\["'*]+([A-Z]){_ALONE}""")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
+_NEGATIONS = {"no", "not", "none", "never", "cannot"}
+_AFFIRMATIONS = re.compile(r"(there|it|they|he|she|this|that) (is|are)\b")
 
 
 def letters(options: int) -> tuple[str, ...]:
@@ -40,6 +42,37 @@ def letter(answer: str, options: int) -> str:
         bracketed = set(_BRACKETED.findall(answer))
         found = bracketed.pop() if len(bracketed) == 1 else ""
     return found if found in letters(options) else ""
+
+
+def yes_no(answer: str) -> str:
+    """`yes`, `no`, or an empty string for neither.
+
+    Only the first sentence or line that has words counts, in any case. In this order:
+
+    1. A first word "yes" or "no" decides ("Yes, there is no doubt" is yes); so does "y" or "n" alone.
+    2. "yes or no" repeats the question and is neither.
+    3. A negation ("no", "not", "none", "never", "cannot", "isn't") is no.
+    4. The word "yes", or a beginning such as "There is" or "It is", is yes.
+    5. Anything else is neither: it is wrong, and no "yes" either.
+
+    POPE's script decides by the first sentence too, but takes all that has no negation for yes, even an empty answer:
+    half of the questions would be won by saying nothing. MME's looks at the first four letters, and so takes "north"
+    for no. On "Yes" and "No", with or without more words behind, the three agree.
+    """
+    parts = re.split(r"[.!?\n]", answer.lower().replace("’", "'"))
+    sentences = (re.findall(r"[a-z]+(?:'[a-z]+)?", part) for part in parts)
+    words = next(filter(None, sentences), [])
+    if not words:
+        return ""
+    if "yes or no" in " ".join(words) or words == ["yes", "no"]:
+        return ""
+    if words[0] in ("yes", "no"):
+        return words[0]
+    if words in (["y"], ["n"]):
+        return "yes" if words == ["y"] else "no"
+    if any(word in _NEGATIONS or word.endswith("n't") for word in words):
+        return "no"
+    return "yes" if "yes" in words or _AFFIRMATIONS.match(" ".join(words)) else ""
 
 
 def row(prediction: str, answer: str, cluster: str, **more: object) -> dict[str, object]:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.calibration.calibrate import Tasks, calibrate_images, calibrate_tasks, check_tower
 from rcb_lmms.calibration.fitting import QUANTILES, Calibration
 from rcb_lmms.calibration.targets import CONVENTIONS, Target, parse_targets
-from rcb_lmms.calibration.tasks import Tasks, calibrate_images, calibrate_tasks, check_tower
 from rcb_lmms.engine.processes import rank_and_size
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import family_of

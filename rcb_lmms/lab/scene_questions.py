@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rcb_lmms.lab.places import position, side, where
-from rcb_lmms.lab.prompts import Question
 from rcb_lmms.lab.scenes import COLOURS, KINDS, NUMBER, Scene, SceneObject
+from rcb_lmms.lab.wordings import Question
 
 PHRASE_SUFFIX = "\nAnswer the question using a single word or phrase."
 ONE_WORD_SUFFIX = " Please answer this question with one word."
