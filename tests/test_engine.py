@@ -4,9 +4,9 @@ import torch
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.cost import DecoderShape, codebook_flops
-from rcb_lmms.engine import prune_at_layer
 from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.engine.generation import end_tokens, generate, last_logits, out_of_memory
+from rcb_lmms.engine.layer_pruning import prune_at_layer
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, content_key
 from rcb_lmms.pruners import PRUNERS, make_pruner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcb_lmms.engine import prune_at_layer, prune_in_layers
+from rcb_lmms.engine.layer_pruning import prune_at_layer, prune_in_layers
 from rcb_lmms.errors import UserError
 
 LENGTH, NEW = 14, 6
