@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import tiled
 import tiny
@@ -315,3 +316,48 @@ def test_codebook_experiments_pack_a_base_view_with_its_newline(make, tmp_path, 
     assert codebook.meta["experiment"]["single_repeats"] == repeats
     pad = family.model.get_input_embeddings().weight[9]
     tiled.assert_experiments(family, prompts, plain["features"], patches, repeats=repeats, pad=pad)
+
+
+# Places on the original image
+
+
+def shaded(width, height):
+    """Red rises from 20 to 250 from left to right, green from top to bottom; blue is 255, which no padding is."""
+    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return Image.fromarray(np.rint(np.stack([20 + 230 * across, 20 + 230 * down, 0 * down + 255], -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(112, 56), (168, 56), (200, 120), (121, 250), (300, 100), (333, 310)])
+@pytest.mark.parametrize("role", ["image", "base"])
+@pytest.mark.parametrize("preprocess", ["rcb", "native"])
+def test_every_token_lies_where_its_pixels_come_from(make, name, size, role, preprocess):
+    family = make(name, preprocess=preprocess)
+    visual = Visual((shaded(*size),), role)
+    processor = family.processor.image_processor
+    deviation, mean = (torch.tensor(values)[:, None, None] for values in (processor.image_std, processor.image_mean))
+    pixels = (family.pixels(visual) * deviation + mean) * 255  # (v, 3, 56, 56), as the tower sees them
+    places = family.places(visual)
+    assert len(places) == len(pixels)
+    seen_all = 0
+    for place, view in zip(places, pixels.numpy(), strict=True):
+        boxes = place.boxes(family.grid)
+        patches = view.reshape(3, 4, 14, 4, 14).transpose(1, 3, 0, 2, 4).reshape(16, 3, -1)
+        inside = (boxes > -1e-6).all(1) & (boxes[:, 2] < size[0] + 1e-6) & (boxes[:, 3] < size[1] + 1e-6)
+        outside = (boxes[:, 2:] < 0).any(1) | (boxes[:, 0] > size[0]) | (boxes[:, 1] > size[1])
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / size
+        assert np.abs(patches[inside, :2].mean(-1) - 20 - 230 * centres[inside]).max(initial=0) < 2.5
+        assert patches[inside, 2].min(initial=255) > 240
+        if role == "image":  # the tiles' padding is black
+            assert patches[outside].max(initial=0) < 1
+        seen_all += inside.sum()
+    assert seen_all >= 8
+
+
+def test_a_pooled_frame_lies_on_its_whole_frame(make):
+    family = make("llava_onevision")
+    visual = Visual((tiny.random_image(1, 80, 60), tiny.random_image(2, 40, 90)), "video")
+    places = family.places(visual)
+    assert [place.frame for place in places] == [0, 1]
+    assert places[1].boxes(family.pooled_grid).tolist() == [
+        [0, 0, 20, 45], [20, 0, 40, 45], [0, 45, 20, 90], [20, 45, 40, 90]
+    ]  # fmt: skip

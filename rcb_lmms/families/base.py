@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.images import Visual, as_rgb
 from rcb_lmms.families.packed import PackedImage, Prompt, Rows
+from rcb_lmms.families.places import Place, base_region
 from rcb_lmms.families.prompts import embedded, interleave, token_ids
 from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.templates import TEMPLATES
@@ -165,6 +166,18 @@ class Family(ABC):
     def tower_grid(self, visual: Visual, size: Size, views: int) -> tuple[int, int]:
         """Rows and columns of patches at which the tower sees the views, so that their tokens have the wanted size."""
         return size(self.grid, views)
+
+    def places(self, visual: Visual) -> list[Place]:
+        """Where each view lies on the original, in the order of `encode`."""
+        processor, geometry = self.processor.image_processor, self.geometry[self.preprocess]
+        # Only a crop resizes to another side than the view's.
+        resize = self.side_px
+        if geometry != "stretched" and "shortest_edge" in processor.size:
+            resize = processor.size["shortest_edge"]
+        return [
+            Place(number, base_region(frame.size, geometry, resize, self.side_px))
+            for number, frame in enumerate(visual.frames)
+        ]
 
     def _tokens(self, pixels: Tensor, needs: set[str], interpolate: bool) -> dict[str, Tensor]:
         """Tensors of `VisualTokens` by name, for views `(b, 3, h, w)`."""

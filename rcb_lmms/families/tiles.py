@@ -23,6 +23,7 @@ from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual
 from rcb_lmms.families.packed import Rows
+from rcb_lmms.families.places import Place, tile_regions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +56,16 @@ class TiledFamily(Family):
         if self.split and visual.role == "image":
             return self.processor.image_processor(visual.image, return_tensors="pt")["pixel_values"][0]
         return self.base_pixels(visual.image)
+
+    def places(self, visual: Visual) -> list[Place]:
+        """See `Family.places`: presets differ in one of several images alone."""
+        if visual.role == "base":
+            return super().places(visual)
+        places = [Place(number, (0, 0, *frame.size)) for number, frame in enumerate(visual.frames)]
+        if self.split and visual.role == "image":
+            pinpoints = self.processor.image_processor.image_grid_pinpoints
+            places += [Place(0, tile) for tile in tile_regions(visual.image.size, pinpoints, self.side_px)]
+        return places
 
     def base_pixels(self, image: Image) -> Tensor:
         """Pixels `(1, 3, side, side)` of the base view alone.

@@ -12,7 +12,8 @@ from rcb_lmms.engine.questions import Question
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
-from rcb_lmms.families.images import Visual, central_square_region
+from rcb_lmms.families.images import Visual
+from rcb_lmms.families.places import kept_mask, patch_boxes
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner
 
@@ -31,68 +32,6 @@ class Kept:
 
     indices: np.ndarray
     made: int = 0
-
-
-def patch_boxes(
-    image_size: tuple[int, int], grid: tuple[int, int], geometry: str, resize: int, crop: int | None = None
-) -> np.ndarray:
-    """Where each visual token of a view lies on the original image: `(n, 4)` left, top, right, bottom in its pixels.
-
-    Tokens in raster order. Of a padded square, boxes reach over the image's edge where they show padding.
-
-    Args:
-        image_size: width and height of the original image.
-        grid: rows and columns of tokens.
-        geometry: `centre_crop` (of the short side resized to `resize`), `padded_square` or `stretched`.
-        resize: pixels of the short side after resizing.
-        crop: side of the centre crop; by default `resize`.
-    """
-    import numpy as np
-
-    left, top, right, bottom = _REGIONS[geometry](*image_size, resize, crop or resize)
-    rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
-    width, height = (right - left) / grid[1], (bottom - top) / grid[0]
-    x, y = left + columns * width, top + rows * height
-    return np.stack([x, y, x + width, y + height], axis=1)
-
-
-def _centre_crop(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
-    from PIL import Image as pil
-
-    # Extremely long images lose their ends before they are resized.
-    used = central_square_region(pil.new("1", (width, height))).size
-    offsets = [(whole - part) // 2 for whole, part in zip((width, height), used, strict=True)]
-    # The long side is rounded down and the crop's offset too, as in the image processor.
-    resized = [int(resize * side / min(used)) for side in used]
-    scales = [before / after for before, after in zip(used, resized, strict=True)]
-    starts = [(side - crop) // 2 for side in resized]
-    left, top = (offset + start * scale for offset, start, scale in zip(offsets, starts, scales, strict=True))
-    return left, top, left + crop * scales[0], top + crop * scales[1]
-
-
-def _padded_square(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
-    side = max(width, height)
-    margin = side * (resize - crop) / resize / 2
-    left, top = -((side - width) // 2) + margin, -((side - height) // 2) + margin
-    return left, top, left + side - 2 * margin, top + side - 2 * margin
-
-
-def _whole(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
-    return 0, 0, width, height
-
-
-_REGIONS = {"centre_crop": _centre_crop, "padded_square": _padded_square, "stretched": _whole}
-
-
-def kept_mask(image_size: tuple[int, int], boxes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """`(height, width)` whether the centre of each pixel lies in one of the `chosen` boxes."""
-    import numpy as np
-
-    width, height = image_size
-    mask = np.zeros((height, width), bool)
-    for left, top, right, bottom in np.ceil(boxes[chosen] - 0.5).astype(int).clip(0):
-        mask[top:bottom, left:right] = True
-    return mask
 
 
 def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
