@@ -350,7 +350,7 @@ def test_every_token_lies_where_its_pixels_come_from(make, name, size, role, pre
         if role == "image":  # the tiles' padding is black
             assert patches[outside].max(initial=0) < 1
         seen_all += inside.sum()
-    assert seen_all >= 8
+    assert seen_all >= 8 or role == "base"  # a padded square may show no patch that lies wholly on the image
 
 
 def test_a_pooled_frame_lies_on_its_whole_frame(make):
