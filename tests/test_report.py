@@ -19,11 +19,11 @@ from PIL import Image
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
-from rcb_lmms.families import load_family
-from rcb_lmms.families.images import central_square_region, pad_to_square
+from rcb_lmms.families import load_family, places
+from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
 from rcb_lmms.files import answers_hash
 from rcb_lmms.pruners import make_pruner
-from rcb_lmms.report import pictures, statistics
+from rcb_lmms.report import drawing, pictures, statistics
 from rcb_lmms.report.collect import collect
 from rcb_lmms.report.plots import accuracy_plot
 from rcb_lmms.report.summary import comparison_table, group, summary_table
@@ -430,7 +430,8 @@ def test_pictures_of_extreme_images_stay_small(checkpoint, tmp_path):
     pruners = {"random": make_pruner("random", budget=Budget.tokens(5))}
     images = [Image.new("RGB", size, "red") for size in ((10_000, 1), (1, 3_000), (5_000, 4_000), (3, 2))]
     for image in images:
-        shown, boxes = pictures._enlarged(family, image)
+        boxes = family.places(Visual((image,), "base"))[0].boxes(family.grid)
+        shown, boxes = drawing.enlarged(image, boxes)
         assert max(shown.size) <= 1680
         assert boxes.shape == (16, 4)
         assert boxes[:, 2].max() <= shown.width * (1 + 1e-9)
@@ -451,7 +452,7 @@ def test_patch_boxes_undo_the_image_processor(size, preprocess):
     )
     pixels = np.asarray(processor(prepared, return_tensors="np")["pixel_values"][0], dtype=float)  # (3, 56, 56)
     seen = pixels.reshape(3, 4, 14, 4, 14).mean((2, 4)).reshape(3, 16)
-    boxes = pictures.patch_boxes(size, grid, GEOMETRY[preprocess], side)
+    boxes = places.patch_boxes(size, grid, GEOMETRY[preprocess], side)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     # Where a patch reaches the image's edge, its mean is of something else than the image alone.
     inside = (boxes >= -1e-9).all(1) & (boxes[:, 2] <= size[0] + 1e-9) & (boxes[:, 3] <= size[1] + 1e-9)
@@ -468,17 +469,17 @@ def test_patch_boxes_undo_the_image_processor(size, preprocess):
 
 def test_patch_boxes_of_a_wide_photograph_by_hand():
     # 640 x 427 at 336: the long side becomes int(503.6), and (503 - 336) // 2 = 83 columns are cut off on the left.
-    boxes = pictures.patch_boxes((640, 427), (24, 24), "centre_crop", 336)
+    boxes = places.patch_boxes((640, 427), (24, 24), "centre_crop", 336)
     scale = 640 / 503
     assert boxes[0] == pytest.approx([83 * scale, 0, 97 * scale, 427 / 24])
     assert boxes[-1] == pytest.approx([405 * scale, 427 * 23 / 24, 419 * scale, 427])
-    padded = pictures.patch_boxes((640, 427), (24, 24), "padded_square", 336)
+    padded = places.patch_boxes((640, 427), (24, 24), "padded_square", 336)
     assert padded[0] == pytest.approx([0, -106, 640 / 24, 640 / 24 - 106])
 
 
 def test_kept_patches_stay_as_they_are_and_the_others_do_not():
     image = Image.fromarray(np.random.default_rng(8).integers(60, 256, (112, 168, 3), dtype=np.uint8))
-    boxes = pictures.patch_boxes(image.size, (4, 4), "centre_crop", 112)
+    boxes = places.patch_boxes(image.size, (4, 4), "centre_crop", 112)
     kept = np.array([0, 5, 15])
     drawn, original = np.asarray(pictures.highlight(image, boxes, kept)), np.asarray(image)
     for number, (left, top, right, bottom) in enumerate(boxes.astype(int)):
@@ -494,8 +495,8 @@ def test_kept_patches_stay_as_they_are_and_the_others_do_not():
 
 
 def test_pixels_belong_to_the_patch_that_holds_their_centre():
-    boxes = pictures.patch_boxes((10, 10), (3, 3), "centre_crop", 56)  # borders at 3.33 and 6.67
-    owners = [pictures.kept_mask((10, 10), boxes, np.array([number])) for number in range(9)]
+    boxes = places.patch_boxes((10, 10), (3, 3), "centre_crop", 56)  # borders at 3.33 and 6.67
+    owners = [places.kept_mask((10, 10), boxes, np.array([number])) for number in range(9)]
     assert (np.sum(owners, axis=0) == 1).all()
     assert owners[0].nonzero()[1].max() == 2
     assert owners[1].nonzero()[1].tolist()[:4] == [3, 4, 5, 6]
@@ -527,8 +528,8 @@ def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, mon
     import tiny
 
     captions = []
-    draw = pictures._draw
-    monkeypatch.setattr(pictures, "_draw", lambda *args: (captions.append(args[2]), draw(*args)))
+    draw = pictures.panel_image
+    monkeypatch.setattr(pictures, "panel_image", lambda *args: (captions.append(args[2]), draw(*args)))
     pruners = {
         "rcb": make_pruner("rcb", budget=Budget.tokens(6), codebook=str(codebook_file)),
         "prumerge_plus": make_pruner("prumerge_plus", budget=Budget.tokens(6)),
@@ -593,7 +594,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
 def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
     family = load_family(str(save(tmp_path / "checkpoint")))
     image = tiny.random_image(1, 120, 40)
-    boxes = pictures.patch_boxes(image.size, family.grid, family.geometry["rcb"], 56)
+    boxes = places.patch_boxes(image.size, family.grid, family.geometry["rcb"], 56)
     assert boxes[0].tolist() == [0, 0, 30, 10]
     assert boxes[-1].tolist() == [90, 30, 120, 40]
     pruners = {name: make_pruner(name, budget=Budget.tokens(5)) for name in ("random", "fastv")}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rcb_lmms.cli import calibrate, results, run
+from rcb_lmms.cli.analyze import analyze_app
 from rcb_lmms.cli.artefacts import checkpoint_app, codebook_app
 from rcb_lmms.cli.lab import lab_app
 from rcb_lmms.cli.regress import regress_app
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for group in (run, calibrate, results):
     app.add_typer(group.app)
+app.add_typer(analyze_app, name="analyze")
 app.add_typer(codebook_app, name="codebook")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(lab_app, name="lab")

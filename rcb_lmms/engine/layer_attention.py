@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from rcb_lmms.engine.layer_inputs import check_attention, find_decoder
+
+
+def last_token_attention(model: nn.Module, embeds: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Attention of a prompt's last position, which decodes the answer's first token, in some decoder layers.
+
+    Source: paper Eq. 3 and 4, mean over query heads as in 7.4. The softmax is the layer's own, over the whole prompt;
+    Eq. 4 writes the keys of the visual tokens alone, which scales each head's scores by a number of its own.
+
+    Args:
+        model: any Hugging Face model with a Llama- or Qwen2-like decoder.
+        embeds: `(s, d)` one prompt in embedding space.
+        layers: counted from 1.
+
+    Returns:
+        layer -> `(s,)` float32 on the CPU, summing to 1.
+
+    Raises:
+        UserError: a decoder of another kind.
+    """
+    decoder, found = find_decoder(model), {}
+
+    def keep(layer: int) -> Any:
+        def hook(attention: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+            hidden = given["hidden_states"] if "hidden_states" in given else args[0]
+            valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
+            found[layer] = last_row_attention(attention, hidden, given["position_embeddings"], valid)[0].cpu()
+
+        return hook
+
+    attentions = {layer: check_attention(decoder.layers[layer - 1]) for layer in layers}
+    handles = [own.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, own in attentions.items()]
+    try:
+        with torch.inference_mode():
+            model(inputs_embeds=embeds[None], use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def last_row_attention(

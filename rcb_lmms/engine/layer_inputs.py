@@ -133,14 +133,7 @@ def check_decoder(decoder: nn.Module, layer: int, mode: str) -> None:
         )
     if mode not in ("drop", "mask"):
         raise UserError(wanted="a way of pruning", found=mode, allowed="drop, mask", next_step="mode=drop")
-    attention = getattr(layers[layer - 1], "self_attn", None)
-    if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
-        raise UserError(
-            wanted="attention with separate query and key projections",
-            found=type(attention).__name__,
-            allowed="Llama- or Qwen2-like decoders",
-            next_step="prune before the language model instead (rcb, prumerge, random)",
-        )
+    check_attention(layers[layer - 1])
     implementation = decoder.config._attn_implementation
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
     if implementation not in ("sdpa", "eager") or kinds != {"full_attention"}:
@@ -150,6 +143,23 @@ def check_decoder(decoder: nn.Module, layer: int, mode: str) -> None:
             allowed="sdpa or eager, full attention in every layer",
             next_step="load the model with attn_implementation=sdpa",
         )
+
+
+def check_attention(layer: nn.Module) -> nn.Module:
+    """A decoder layer's attention module, if its scores can be computed from its projections.
+
+    Raises:
+        UserError: it has none.
+    """
+    attention = getattr(layer, "self_attn", None)
+    if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
+        raise UserError(
+            wanted="attention with separate query and key projections",
+            found=type(attention).__name__,
+            allowed="Llama- or Qwen2-like decoders",
+            next_step="prune before the language model instead (rcb, prumerge, random)",
+        )
+    return attention
 
 
 def check_inputs(mask: Any, cache: Any) -> None:

@@ -13,17 +13,16 @@ from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.families.places import kept_mask, patch_boxes
+from rcb_lmms.families.places import kept_mask
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.report.drawing import enlarged, panel_image
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 QUESTION = "What does this image show?"
-# Small images are drawn larger, so that borders of patches stay sharp; no image is drawn larger than the other number.
-_SHORT_SIDE_PX, _LONG_SIDE_PX = 420, 1680
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,14 @@ def kept_tokens_picture(
     figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.02, wspace=0.02)
     axes = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
     for row, (panels, image) in enumerate(zip(axes, images, strict=True)):
-        shown, boxes = _enlarged(family, image)
+        visual = Visual((image,), "base")
+        shown, boxes = enlarged(image, family.places(visual)[0].boxes(family.grid))
         question = questions[row] if questions else QUESTION
-        _draw(panels[0], shown, question if questions else f"{image.width} × {image.height} px")
+        panel_image(panels[0], shown, question if questions else f"{image.width} × {image.height} px")
         for panel, pruner in zip(panels[1:], pruners.values(), strict=True):
             kept = kept_tokens(family, pruner, image, question)
             made = f" + {kept.made} merged" if kept.made else ""
-            _draw(panel, highlight(shown, boxes, kept.indices), f"{len(kept.indices)}{made} of {len(boxes)}")
+            panel_image(panel, highlight(shown, boxes, kept.indices), f"{len(kept.indices)}{made} of {len(boxes)}")
             _outline(panel, boxes, kept.indices, family.grid)
     for panel, name in zip(axes[0], ["image", *pruners], strict=True):
         panel.set_title(name, fontsize=10)
@@ -109,31 +109,6 @@ def kept_tokens_picture(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     return write_atomic(out, buffer.getvalue())
-
-
-def _enlarged(family: Family, image: Image) -> tuple[Image, np.ndarray]:
-    """The image at the size it is drawn in, and the boxes of its patches."""
-    import numpy as np
-
-    processor, geometry = family.processor.image_processor, family.geometry[family.preprocess]
-    side = family.model.config.vision_config.image_size
-    # Only a centre crop resizes to another side than the view's.
-    resize = processor.size["shortest_edge"] if geometry != "stretched" and "shortest_edge" in processor.size else side
-    boxes = patch_boxes(image.size, family.grid, geometry, resize, side)
-    most = _LONG_SIDE_PX / max(image.size)
-    if most < 1:
-        width, height = (max(1, round(length * most)) for length in image.size)
-        return image.resize((width, height)), boxes * np.tile([width / image.width, height / image.height], 2)
-    factor = max(1, min(int(most), round(_SHORT_SIDE_PX / min(image.size))))
-    return image.resize((image.width * factor, image.height * factor), 0), boxes * factor
-
-
-def _draw(panel: Any, image: Image, caption: str) -> None:
-    panel.imshow(image, interpolation="antialiased")
-    panel.set_xticks([])
-    panel.set_yticks([])
-    panel.spines[:].set_visible(False)
-    panel.set_xlabel(caption, fontsize=8, labelpad=3)
 
 
 def _outline(panel: Any, boxes: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> None:

@@ -1,0 +1,104 @@
+"""`rcb analyze`: the paper's analyses of visual redundancy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rcb_lmms.cli.common import Batch, Device, Dtype, Preprocess, Pretrained
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rcb_lmms.codebook.settings import BuildSettings
+    from rcb_lmms.engine.session import Session
+
+analyze_app = typer.Typer(help="Why visual tokens are redundant: the paper's analyses.", no_args_is_help=True)
+
+ImageFile = Annotated[Path, typer.Argument(help="An image file.")]
+Tokens = Annotated[str, typer.Option(help="all, or raster indices such as 0,17,100-143.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Asked about the tokens; repeatable.")]
+Layers = Annotated[str | None, typer.Option(help="Decoder layers from 1; by default 2,16,30 of 32, or their share.")]
+Preset = Annotated[str | None, typer.Option(help="Rules: official, paper, paper_literal or lab.")]
+Out = Annotated[Path, typer.Option(help="Folder for tables and pictures.")]
+
+
+def _open(
+    model: str, preset: str | None, batch_size: int, preprocess: str | None, device: str | None, dtype: str
+) -> tuple[Session, BuildSettings]:
+    from rcb_lmms.codebook.settings import settings_for
+    from rcb_lmms.engine.session import Session
+    from rcb_lmms.families import load_family
+    from rcb_lmms.pruners import make_pruner
+
+    family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
+    own = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
+    return Session(family, make_pruner("none"), batch_size=batch_size), settings_for(family.name, own)
+
+
+def _numbers(layers: str | None) -> list[int]:
+    from rcb_lmms.errors import UserError
+
+    parts = [part.strip() for part in (layers or "").split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(
+            wanted="decoder layers",
+            found=f"--layers {layers}",
+            allowed="whole numbers from 1, separated by commas",
+            next_step="--layers 2,16,30",
+        )
+    return [int(part) for part in parts]
+
+
+def _write_table(table: pd.DataFrame, out: Path, facts: dict[str, Any]) -> None:
+    """A table as TSV and, with what it was made from, as JSON."""
+    from rcb_lmms.files import write_atomic
+
+    write_atomic(out.with_suffix(".tsv"), table.to_csv(sep="\t", index=False, float_format="%.6g"))
+    rows = json.loads(table.to_json(orient="records", double_precision=12))
+    write_atomic(out.with_suffix(".json"), json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    typer.echo(f"wrote {out}.tsv and .json")
+
+
+@analyze_app.command("tokens")
+def tokens(
+    image: ImageFile,
+    model: Pretrained = "lab",
+    tokens: Tokens = "all",
+    prompt: Prompts = None,
+    layers: Layers = None,
+    preset: Preset = None,
+    out: Out = Path("analysis"),
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show single visual tokens to the model and read what it says (paper 3.1.1, Figure 1)."""
+    from dataclasses import replace
+
+    import pandas as pd
+
+    from rcb_lmms.analysis.images import open_shown, parse_tokens
+    from rcb_lmms.analysis.tokens import decoder_layers, read_tokens, token_maps
+    from rcb_lmms.report.drawing import draw_maps
+
+    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    shown = open_shown(session, image)
+    chosen = parse_tokens(tokens, len(shown.view))
+    wanted = decoder_layers(session.family.layers, _numbers(layers))
+    readings = []
+    for number, text in enumerate(prompt or [settings.prompt], 1):
+        own, attention = read_tokens(session, shown, chosen, replace(settings, prompt=text), wanted, number)
+        readings += own
+        picture = out / f"tokens-{shown.name}{f'-prompt{number}' if prompt and len(prompt) > 1 else ''}"
+        labels = {row.token: row.word for row in own} if len(own) <= 24 else {}
+        files = draw_maps(shown.image, shown.boxes, token_maps(shown, own, attention), picture, labels)
+        typer.echo(f"wrote {', '.join(map(str, files))}")
+    table = pd.DataFrame([row.cells() for row in readings])
+    typer.echo(table.nlargest(12, "probability").to_string(index=False, float_format="%.3g"))
+    facts = {"model": model, "image": str(image), "prompts": prompt or [settings.prompt], "layers": wanted}
+    _write_table(table, out / f"tokens-{shown.name}", facts)

@@ -1,0 +1,163 @@
+"""The analyses, on a tiny random model against brute force, and on laboratory scenes whose objects are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from rcb_lmms.analysis.images import open_shown, parse_tokens
+from rcb_lmms.analysis.tokens import decoder_layers, read_tokens, token_maps
+from rcb_lmms.cli import app
+from rcb_lmms.codebook.settings import settings_for
+from rcb_lmms.engine.layer_attention import last_token_attention
+from rcb_lmms.engine.session import Session
+from rcb_lmms.errors import UserError
+from rcb_lmms.families import load_family
+from rcb_lmms.families.places import painted
+from rcb_lmms.pruners import make_pruner
+
+SCENE = 3
+
+
+@pytest.fixture(scope="module")
+def session(family):
+    return Session(family, make_pruner("none"), batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return settings_for("llava", "official", article="keep", prompt="Is it red?")
+
+
+@pytest.fixture(scope="module")
+def shown(session):
+    return open_shown(session, tiny.random_image(1), "noise")
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Session(load_family("lab"), make_pruner("none"), batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from rcb_lmms.lab.scenes import make_scene
+
+    return make_scene("codebook", SCENE)
+
+
+def rcb(*arguments):
+    result = CliRunner().invoke(app, ["analyze", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def logits_of(family, prompt, tokens):
+    """The model's logits behind a prompt that shows tokens `(k, d)`, one by one and without padding."""
+    embeds = family.embed(family.prompt(prompt), [family.pack_base(tokens)]).embeds
+    with torch.inference_mode():
+        return family.model(inputs_embeds=embeds[None]).logits[0, -1].double()
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("all", [0, 1, 2, 3]), ("3,0-1", [0, 1, 3]), (" 2 ", [2]), ("1-2,2", [1, 2])]
+)
+def test_tokens_are_named_by_number_and_range(text, expected):
+    assert parse_tokens(text, 4) == expected
+
+
+@pytest.mark.parametrize("text", ["4", "", "1-9", "3-1", "a", "1,,2", "-1"])
+def test_tokens_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="a view of 4 tokens"):
+        parse_tokens(text, 4)
+
+
+def test_layers_keep_their_share_of_the_depth():
+    assert decoder_layers(32) == [2, 16, 30]
+    assert decoder_layers(28) == [2, 14, 26]
+    assert decoder_layers(4) == [1, 2, 4]
+    assert decoder_layers(4, [3, 3, 1]) == [1, 3]
+    with pytest.raises(UserError, match="a decoder of 4 layers"):
+        decoder_layers(4, [5])
+
+
+def test_attention_is_the_row_that_eager_attention_returns(family, shown):
+    prompt = family.embed(family.prompt("Is it red?"), [family.pack_base(shown.view.features)])
+    decoder = family.model.get_decoder()
+    hooks = sum(len(module._forward_pre_hooks) for module in family.model.modules())
+    rows = last_token_attention(family.model, prompt.embeds, [1, 3, 4])
+    assert sum(len(module._forward_pre_hooks) for module in family.model.modules()) == hooks
+    decoder.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            eager = decoder(inputs_embeds=prompt.embeds[None], output_attentions=True).attentions
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    for layer, row in rows.items():
+        torch.testing.assert_close(row, eager[layer - 1][0].mean(0)[-1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_readings_are_what_the_model_says_about_one_token(session, shown, repeats):
+    family = session.family
+    settings = settings_for("llava", "official", article="keep", prompt="Is it red?", single_repeats=repeats)
+    readings, attention = read_tokens(session, shown, [0, 3, 7, 8, 9, 15], settings, [2])
+    assert [row.token for row in readings] == [0, 3, 7, 8, 9, 15]
+    for row in readings:
+        assert (row.row, row.column) == (row.token // 4, row.token % 4)
+        logits = logits_of(family, "Is it red?", shown.view.features[row.token].expand(repeats, -1))
+        assert row.probability == pytest.approx(float(logits.topk(50).values.softmax(-1)[0]), abs=1e-5)
+        assert row.logit == pytest.approx(float(logits.max()), abs=1e-4)
+        assert row.attention == {2: pytest.approx(float(attention[2][row.token]))}
+        assert row.cls_similarity == pytest.approx(float(shown.view.cls_similarity[row.token]))
+    maps = token_maps(shown, readings, attention)
+    assert list(maps) == ["top-1 probability", "similarity to CLS", "attention in layer 2"]
+    assert np.isnan(maps["top-1 probability"]).sum() == 10
+
+
+def test_tokens_of_a_scene_name_their_object_and_the_others_nothing(lab, scene):
+    shown = open_shown(lab, scene.image())
+    settings = settings_for("llava", "lab")
+    readings, _ = read_tokens(lab, shown, range(144), settings, [1])
+    owner, coverage = scene.patch_owner().ravel(), scene.patch_coverage().ravel()
+    assert {item.kind for item in scene.objects} == {"square"}
+    inside = [row for row in readings if coverage[row.token] == 1]
+    background = [row for row in readings if owner[row.token] < 0]
+    assert (len(inside), len(background)) == (6, 116)
+    assert {row.word for row in inside} == {"square"}
+    assert min(row.probability for row in inside) > 0.8
+    assert max(row.probability for row in background) < 0.3
+
+
+def test_maps_colour_the_pixels_of_their_tokens():
+    boxes = np.array([[0, 0, 3.4, 4], [3.4, 0, 6.8, 4], [6.8, 0, 10, 4]])
+    drawn = painted((10, 5), boxes, np.array([1.0, np.nan, 3.0]))
+    assert drawn[:4, :3].tolist() == [[1, 1, 1]] * 4
+    assert np.isnan(drawn[:4, 3:7]).all()
+    assert (drawn[:4, 7:] == 3).all()
+    assert np.isnan(drawn[4]).all()
+
+
+def test_tokens_command_writes_a_table_and_overlays(checkpoint, tmp_path):
+    tiny.random_image(1).save(tmp_path / "noise.png")
+    options = ["--model", checkpoint, "--out", tmp_path / "out", "--prompt", "Is it red?", "--prompt", "What?"]
+    rcb("tokens", tmp_path / "noise.png", "--tokens", "1,5-6", *options)
+    table = pd.read_csv(tmp_path / "out" / "tokens-noise.tsv", sep="\t")
+    assert table[["prompt", "token"]].to_numpy().tolist() == [[1, 1], [1, 5], [1, 6], [2, 1], [2, 5], [2, 6]]
+    document = json.loads((tmp_path / "out" / "tokens-noise.json").read_text())
+    assert document["prompts"] == ["Is it red?", "What?"]
+    assert document["rows"][4]["probability"] == pytest.approx(table["probability"][4], rel=1e-4)
+    for ending in ("png", "svg", "pdf"):
+        assert (tmp_path / "out" / f"tokens-noise-prompt2.{ending}").stat().st_size > 5000
+    with Image.open(tmp_path / "out" / "tokens-noise-prompt1.png") as picture:
+        assert picture.width > 1000
