@@ -161,3 +161,98 @@ def test_tokens_command_writes_a_table_and_overlays(checkpoint, tmp_path):
         assert (tmp_path / "out" / f"tokens-noise-prompt2.{ending}").stat().st_size > 5000
     with Image.open(tmp_path / "out" / "tokens-noise-prompt1.png") as picture:
         assert picture.width > 1000
+
+
+# Influence
+
+
+def jensen_shannon(intact, ablated, top_k):
+    """Eq. 7 to 10 by scipy, which returns the root."""
+    from scipy.spatial.distance import jensenshannon
+
+    ids = intact.topk(top_k).indices
+    return jensenshannon(intact[ids].softmax(-1).numpy(), ablated[ids].softmax(-1).numpy()) ** 2
+
+
+def test_divergences_are_those_of_prompts_made_by_hand(session, shown):
+    from rcb_lmms.analysis.influence import influence, influence_maps, influence_table
+
+    settings = settings_for("llava", "paper", article="keep", prompt="Is it red?")
+    found = influence(session, shown, [0, 6, 15], settings)
+    family, tokens = session.family, shown.view.features
+    pad = family.pad_embedding
+    around = {0: [0, 1, 2, 4, 5, 6, 8, 9, 10], 6: [1, 2, 3, 5, 6, 7, 9, 10, 11], 15: [5, 6, 7, 9, 10, 11, 13, 14, 15]}
+
+    def without(slots):
+        changed = tokens.clone()
+        changed[slots] = pad
+        return changed
+
+    intact = logits_of(family, "Is it red?", tokens)
+    for row, (token, window) in enumerate(around.items()):
+        region = jensen_shannon(
+            logits_of(family, "Is it red?", tokens[window]),
+            logits_of(family, "Is it red?", without([token])[window]),
+            20,
+        )
+        whole = jensen_shannon(intact, logits_of(family, "Is it red?", without(window)), 20)
+        direct = jensen_shannon(intact, logits_of(family, "Is it red?", without([token])), 20)
+        assert float(found.region[row]) == pytest.approx(region, rel=1e-3)
+        assert float(found.whole[row]) == pytest.approx(whole, rel=1e-3)
+        assert float(found.direct[row]) == pytest.approx(direct, rel=1e-3)
+        assert float(found.combined[row]) == pytest.approx(region + 16 * whole, rel=1e-3)
+    assert 0 < found.noise < 1e-8
+    table = influence_table(shown, found)
+    assert table[["token", "row", "column"]].to_numpy().tolist() == [[0, 0, 0], [6, 1, 2], [15, 3, 3]]
+    drawn = influence_maps(shown, found)["divergence, direct (nats)"]
+    assert np.flatnonzero(~np.isnan(drawn)).tolist() == [0, 6, 15]
+
+
+def test_the_candidates_that_move_most_are_named_with_both_logits(session, shown, settings):
+    from rcb_lmms.analysis.influence import candidate_changes, changed_answers, influence
+
+    found = influence(session, shown, [2, 9], settings)
+    changes = candidate_changes(session, found, [1], count=3)
+    assert changes["token"].unique().tolist() == [9]
+    direct = changes[changes["level"] == "direct"]
+    tokens = shown.view.features.clone()
+    intact = logits_of(session.family, "Is it red?", tokens)
+    tokens[9] = session.family.pad_embedding
+    ablated = logits_of(session.family, "Is it red?", tokens)
+    likeliest = intact.topk(50).indices
+    moved = likeliest[(intact - ablated)[likeliest].abs().topk(3).indices]
+    assert direct["with"].tolist() == pytest.approx(intact[moved].tolist(), abs=1e-4)
+    assert direct["without"].tolist() == pytest.approx(ablated[moved].tolist(), abs=1e-4)
+    assert (direct["change"] == direct["with"] - direct["without"]).all()
+    assert changed_answers(found, "direct") <= 2
+
+
+def test_a_scene_answers_otherwise_without_the_window_on_its_object(lab, scene):
+    from rcb_lmms.analysis.influence import candidate_changes, explain_cascade, influence
+
+    settings = settings_for("llava", "lab")
+    found = influence(lab, open_shown(lab, scene.image()), range(144), settings)
+    owner = scene.patch_owner().ravel()
+    # What is left out is a 3 x 3 window, so that neighbours of an object's patches count as well.
+    top = found.combined.argsort(descending=True)[:4].tolist()
+    assert {int(owner[token]) for token in top} == {0, 1}
+    red = next(number for number, item in enumerate(scene.objects) if item.colour == "red")
+    (best,) = [token for token in top[:1] if owner[token] == red]
+    changes = candidate_changes(lab, found, [best]).query("level == 'global'").set_index("candidate")["change"]
+    assert changes["red"] > 1 > -1 > changes["black"]
+    facts, told = explain_cascade(found)
+    assert facts["direct"]["median"] < facts["whole"]["median"] / 10
+    assert facts["rank_correlation"]["direct_combined"] > 0.5
+    assert "of 144 tokens" in told
+
+
+def test_influence_command_writes_maps_and_candidates(checkpoint, tmp_path):
+    tiny.random_image(1).save(tmp_path / "noise.png")
+    arguments = ["--model", checkpoint, "--out", tmp_path, "--tokens", "0,3-5", "--candidates", 2]
+    said = rcb("influence", tmp_path / "noise.png", *arguments)
+    document = json.loads((tmp_path / "influence-noise.json").read_text())
+    assert [row["token"] for row in document["rows"]] == [0, 3, 4, 5]
+    assert len({row["token"] for row in document["candidates"]}) == 2
+    assert document["cascade"]["tokens"] == 4
+    assert "one rounding step" in said
+    assert (tmp_path / "influence-noise-candidates.svg").exists()

@@ -102,3 +102,42 @@ def tokens(
     typer.echo(table.nlargest(12, "probability").to_string(index=False, float_format="%.3g"))
     facts = {"model": model, "image": str(image), "prompts": prompt or [settings.prompt], "layers": wanted}
     _write_table(table, out / f"tokens-{shown.name}", facts)
+
+
+@analyze_app.command("influence")
+def influence(
+    image: ImageFile,
+    model: Pretrained = "lab",
+    tokens: Tokens = "all",
+    candidates: Annotated[int, typer.Option(help="Tokens whose candidates are shown, the weightiest.", min=1)] = 4,
+    prompt: Annotated[str | None, typer.Option(help="Asked about the image; by default the codebook's.")] = None,
+    preset: Preset = None,
+    out: Out = Path("analysis"),
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Leave tokens out, one by one and in the paper's cascade, and see what the answer loses (Figures 2, 3, 6)."""
+    from dataclasses import replace
+
+    from rcb_lmms.analysis import influence as study
+    from rcb_lmms.analysis.images import open_shown, parse_tokens
+    from rcb_lmms.report.drawing import draw_maps
+
+    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    settings = settings if prompt is None else replace(settings, prompt=prompt)
+    shown = open_shown(session, image)
+    found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings)
+    rows = found.combined.argsort(descending=True, stable=True)[:candidates].tolist()
+    changes = study.candidate_changes(session, found, rows)
+    stem = out / f"influence-{shown.name}"
+    files = draw_maps(shown.image, shown.boxes, study.influence_maps(shown, found), stem)
+    files += study.draw_candidates(changes, stem.with_name(f"{stem.name}-candidates"))
+    typer.echo(f"wrote {', '.join(map(str, files))}")
+    facts, told = study.explain_cascade(found)
+    table = study.influence_table(shown, found)
+    given = {"model": model, "image": str(image), "prompt": settings.prompt, "preset": settings.preset}
+    _write_table(table, stem, given | {"cascade": facts, "candidates": changes.to_dict("records")})
+    typer.echo(table.nlargest(8, "jsd_combined").to_string(index=False, float_format="%.3g"))
+    typer.echo(told)

@@ -114,15 +114,23 @@ def probed_patches(view: VisualTokens, count: int) -> list[int]:
     return [order[rank - 1] for rank in probed_ranks(len(view), count)]
 
 
-def measure(family: Family, view: VisualTokens, settings: BuildSettings, batch_size: int) -> ImageStatistics:
+def measure(
+    family: Family,
+    view: VisualTokens,
+    settings: BuildSettings,
+    batch_size: int,
+    patches: Sequence[int] | None = None,
+) -> ImageStatistics:
     """Run all experiments on a base view: one prompt per probed patch and kind, one for the intact view.
+
+    The probed patches are `patches`, raster indices, or by default those of `probed_patches`.
 
     Source: paper 3.1, 7.2, 7.3. Every input is packed as the family packs an image, newline included. A patch is
     ablated by putting the pad embedding into its slot, behind the projector.
     """
     tokens, (height, width) = view.features, view.grid
     pad = family.pad_embedding.to(tokens)
-    index = probed_patches(view, settings.probes)
+    index = probed_patches(view, settings.probes) if patches is None else list(patches)
     repeats = settings.single_repeats or family.single_repeats
     logits = functools.partial(content_logits, family, settings=settings, batch_size=batch_size)
     columns: dict[str, list[Tensor]] = {name: [] for name in ImageStatistics._fields[2:]}

@@ -55,6 +55,11 @@ def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS, dpi: i
     return written
 
 
+def drawable(text: str) -> str:
+    """A text without control characters, for which no font has a picture."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def draw_maps(
     image: Image,
     boxes: np.ndarray,
@@ -90,7 +95,9 @@ def draw_maps(
         panel_image(panel, 0.5 + 0.5 * grey, cmap="gray", vmin=0, vmax=1)
         over = panel_image(panel, painted(shown.size, places, values), cmap="viridis", alpha=0.75)
         panel.set_title(title, fontsize=9)
-        figure.colorbar(over, ax=panel, shrink=0.8).ax.tick_params(labelsize=7)
+        scale = figure.colorbar(over, ax=panel, shrink=0.8)
+        scale.ax.tick_params(labelsize=7)
+        scale.ax.yaxis.get_offset_text().set_fontsize(7)
     for panel in panels[1 + len(maps) :]:
         panel.set_visible(False)
     return save_figure(figure, out)
@@ -103,7 +110,7 @@ def _label(panel: Any, boxes: np.ndarray, labels: Mapping[int, str]) -> None:
         for colour, width in (("black", 2.4), ("white", 1.0)):
             panel.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour, lw=width)
         panel.annotate(
-            text,
+            drawable(text),
             ((left + right) / 2, bottom),
             (0, -2),
             textcoords="offset points",
