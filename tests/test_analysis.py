@@ -256,3 +256,71 @@ def test_influence_command_writes_maps_and_candidates(checkpoint, tmp_path):
     assert document["cascade"]["tokens"] == 4
     assert "one rounding step" in said
     assert (tmp_path / "influence-noise-candidates.svg").exists()
+
+
+# Curves
+
+
+def patches_of(values, keys):
+    """A table of `(images, k)` probabilities and similarities; divergences are the probabilities' doubles."""
+    rows = [
+        {"image": f"i{image}", "token": token, "probability": p, "divergence": 2 * p, "cls_similarity": key}
+        for image, (line, own) in enumerate(zip(values, keys, strict=True))
+        for token, (p, key) in enumerate(zip(line, own, strict=True))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_curves_average_what_stands_at_one_rank():
+    from rcb_lmms.analysis.curves import confident_shares, curves, explain_curves
+
+    values = np.array([[0.1, 0.9, 0.5, 0.3], [0.8, 0.2, 0.4, 0.6], [0.2, 0.4, 0.9, 0.1]])
+    keys = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4]])
+    table = patches_of(values, keys)
+    by_probability, by_divergence = curves(table)
+    ranked = np.array([[0.3, 0.5, 0.9, 0.1], [0.8, 0.2, 0.4, 0.6], [0.1, 0.4, 0.9, 0.2]])
+    assert by_probability.mean == pytest.approx(ranked.mean(0))
+    half = 4.302652729911275 * ranked.std(0, ddof=1) / 3**0.5  # Student's t for two degrees of freedom
+    assert by_probability.half_width == pytest.approx(half)
+    assert by_divergence.mean == pytest.approx(2 * ranked.mean(0))
+    # Ranks 1 4 3 2, 4 1 2 3 and 2 3 4 1 beside 1 2 3 4, 4 3 2 1 and 1 3 2 4: 1 - 6 sum d^2 / 60.
+    assert by_probability.correlation == pytest.approx(np.mean([1 - 6 * 8 / 60, 1 - 6 * 8 / 60, 1 - 6 * 14 / 60]))
+    own = by_probability
+    assert (own.first, own.middle, own.last) == pytest.approx((0.4, (0.5 + 0.2 + 0.4 + 0.9 + 0.4 + 0.9) / 6, 0.3))
+    assert not by_probability.falls
+    assert confident_shares(table) == {"cls_similarity": pytest.approx(1 / 3)}
+    assert "claim that neither falls holds here (3 images, 12 patches)" in explain_curves(curves(table), table)
+    with pytest.raises(UserError, match="1 image"):
+        curves(table[table["image"] == "i0"])
+
+
+def test_a_value_that_follows_the_order_falls_with_it():
+    from rcb_lmms.analysis.curves import curves, explain_curves
+
+    random = np.random.default_rng(0)
+    keys = random.random((12, 9))
+    table = patches_of(keys + 0.3 * random.random((12, 9)), keys)
+    table["attention"] = random.random(len(table))
+    found = {(curve.order, curve.value): curve for curve in curves(table)}
+    assert found["cls_similarity", "probability"].falls
+    assert found["cls_similarity", "probability"].correlation > 0.8
+    assert not found["attention", "probability"].falls
+    assert "holds in part" in explain_curves(list(found.values()), table)
+
+
+def test_curves_command_measures_an_even_grid(checkpoint, session, tmp_path):
+    for seed in range(3):
+        tiny.random_image(seed).save(tmp_path / f"{seed}.png")
+    arguments = ["--model", checkpoint, "--out", tmp_path / "out", "--patches", 4, "--layers", "2,3", "--limit", 2]
+    said = rcb("curves", "--images", tmp_path, *arguments)
+    assert "(2 images, 8 patches)" in said
+    table = pd.read_csv(tmp_path / "out" / "curves.tsv", sep="\t", dtype={"image": str})
+    assert table["token"].tolist() == [5, 7, 13, 15] * 2
+    assert table["image"].unique().tolist() == ["0", "1"]
+    shown = open_shown(session, tmp_path / "1.png")
+    settings = settings_for("llava", "official")
+    readings, attention = read_tokens(session, shown, [5, 7, 13, 15], settings, [2, 3])
+    own = table[table["image"] == "1"]
+    assert own["probability"].tolist() == pytest.approx([row.probability for row in readings], rel=1e-4)
+    assert own["attention"].tolist() == pytest.approx([float(attention[2][t] + attention[3][t]) for t in own["token"]])
+    assert len(json.loads((tmp_path / "out" / "curves.json").read_text())["curves"]) == 4

@@ -141,3 +141,34 @@ def influence(
     _write_table(table, stem, given | {"cascade": facts, "candidates": changes.to_dict("records")})
     typer.echo(table.nlargest(8, "jsd_combined").to_string(index=False, float_format="%.3g"))
     typer.echo(told)
+
+
+@analyze_app.command("curves")
+def curves(
+    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    model: Pretrained = "lab",
+    limit: Annotated[int, typer.Option(help="Images, the first by name.", min=2)] = 100,
+    patches: Annotated[int, typer.Option(help="Per image, an even grid; the root is rounded.", min=4)] = 64,
+    layers: Layers = None,
+    preset: Preset = None,
+    out: Out = Path("analysis"),
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Do tokens of low CLS similarity or attention say less and change less? Curves over a data set (Figure 4)."""
+    from rcb_lmms.analysis import curves as study
+    from rcb_lmms.analysis.tokens import decoder_layers
+    from rcb_lmms.codebook.listing import find_images
+
+    files = find_images(images)[:limit]
+    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    wanted = decoder_layers(session.family.layers, _numbers(layers))
+    table = study.measure_images(session, files, settings, wanted, patches)
+    found = study.curves(table)
+    told = study.explain_curves(found, table)
+    typer.echo(f"wrote {', '.join(map(str, study.draw_curves(found, out / 'curves')))}")
+    facts = {"model": model, "images": len(files), "layers": wanted, "preset": settings.preset, "finding": told}
+    _write_table(table, out / "curves", facts | {"curves": [study.curve_facts(curve) for curve in found]})
+    typer.echo(told)
