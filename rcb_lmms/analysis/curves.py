@@ -148,7 +148,8 @@ def explain_curves(found: Sequence[Curve], table: pd.DataFrame) -> str:
         verb = "falls" if curve.falls else "does not fall"
         parts.append(
             f"{VALUES[curve.value]} {verb} with {ORDERS[curve.order]} ({curve.first:.3g} in the highest quarter, "
-            f"{curve.middle:.3g} between, {curve.last:.3g} in the lowest; mean rank correlation {curve.correlation:+.2f}, p = {curve.p:.1g})"
+            f"{curve.middle:.3g} between, {curve.last:.3g} in the lowest; mean "
+            f"rank correlation {curve.correlation:+.2f}, p = {curve.p:.1g})"
         )
     against = sum(curve.falls for curve in found)
     claim = "holds" if not against else "does not hold" if against == len(found) else "holds in part"

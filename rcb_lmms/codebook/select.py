@@ -44,7 +44,7 @@ def candidates(statistics: ImageStatistics, settings: BuildSettings) -> Candidat
     unrecognisable, unneeded = probability < settings.tau_prob, jsd < settings.tau_jsd
     # Rows of `features` that belong to the probed patches, in the order of `index`.
     rows = statistics.index if settings.cluster_input == "all" else torch.arange(len(statistics.index))
-    labels = _cluster(statistics.features, settings.clusters_per_image, settings.k_image, settings)
+    labels = cluster_labels(statistics.features, settings.clusters_per_image, settings.k_image, settings)
     size = labels.bincount()[labels][rows]
     outlier = size < settings.tau_out if settings.by_paper else size <= settings.tau_out
     chosen = unrecognisable & unneeded & outlier
@@ -70,14 +70,15 @@ def common_clusters(tokens: Tensor, images: Tensor, settings: BuildSettings) -> 
     Returns:
         clusters in the order of their first candidate.
     """
-    labels = _cluster(tokens, settings.clusters_across, settings.k_across, settings)
+    labels = cluster_labels(tokens, settings.clusters_across, settings.k_across, settings)
     members = [(labels == label).nonzero().flatten() for label in dict.fromkeys(labels.tolist())]
     return [
         rows for rows in members if (len(rows) if settings.by_paper else len(images[rows].unique())) > settings.tau_in
     ]
 
 
-def _cluster(tokens: Tensor, clusters: int, k: int, settings: BuildSettings) -> Tensor:
+def cluster_labels(tokens: Tensor, clusters: int, k: int, settings: BuildSettings) -> Tensor:
+    """`(n,)` cluster of each of `tokens (n, d)`, by the clustering of a codebook's build."""
     noise = tie_noise(len(tokens), settings.seed)
     literal = settings.preset == "paper_literal"
     return dpc_knn(tokens, clusters, k, noise, include_self=not settings.by_paper, literal=literal).labels
