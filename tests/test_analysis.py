@@ -324,3 +324,98 @@ def test_curves_command_measures_an_even_grid(checkpoint, session, tmp_path):
     assert own["probability"].tolist() == pytest.approx([row.probability for row in readings], rel=1e-4)
     assert own["attention"].tolist() == pytest.approx([float(attention[2][t] + attention[3][t]) for t in own["token"]])
     assert len(json.loads((tmp_path / "out" / "curves.json").read_text())["curves"]) == 4
+
+
+# Feature space
+
+
+@pytest.fixture(scope="module")
+def stats(family, tmp_path_factory):
+    """Finished statistics of four tiny images, whose thresholds some tokens pass, and these settings."""
+    from rcb_lmms.codebook.build import build
+
+    folder = tmp_path_factory.mktemp("built")
+    for seed in range(4):
+        tiny.random_image(seed).save(folder / f"{seed}.png")
+    loose = {"tau_prob": 0.6, "tau_jsd": 1.0, "tau_in": 1, "clusters_across": 3, "clusters_per_image": 4, "probes": 12}
+    settings = settings_for("llava", "official", **loose)
+    build(family, sorted(folder.glob("*.png")), folder / "all.safetensors", settings, progress=False)
+    return folder / "all.safetensors.stats", settings
+
+
+def test_the_plane_of_a_pca_is_that_of_the_singular_vectors():
+    from rcb_lmms.analysis.features import embed
+
+    tokens = np.random.default_rng(0).normal(size=(30, 6)) * [5, 3, 1, 1, 1, 1]
+    centred = tokens - tokens.mean(0)
+    expected = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    assert np.abs(embed(tokens, "pca")) == pytest.approx(np.abs(expected))
+    assert (embed(tokens, "tsne") == embed(tokens, "tsne")).all()
+    with pytest.raises(UserError, match="method=umap"):
+        embed(tokens, "umap")
+    with pytest.raises(UserError, match="2 tokens"):
+        embed(tokens[:2], "pca")
+
+
+def test_an_images_tokens_carry_their_cluster_and_what_they_say(session, shown):
+    from rcb_lmms.analysis.features import explain_outliers, image_features
+    from rcb_lmms.codebook.dpc import dpc_knn
+
+    settings = settings_for("llava", "paper", article="keep", prompt="Is it red?", clusters_per_image=3)
+    table = image_features(session, shown, settings, "pca")
+    labels = dpc_knn(shown.view.features, 3, 16, include_self=False).labels
+    assert table["cluster"].tolist() == labels.tolist()
+    assert table["cluster_size"].tolist() == [int((labels == label).sum()) for label in labels]
+    readings, _ = read_tokens(session, shown, range(16), settings, [1])
+    assert table["probability"].tolist() == [row.probability for row in readings]
+    assert "16 of 16 tokens" in explain_outliers(table, 1.1)
+
+
+def test_small_clusters_of_silent_tokens_are_called_outliers():
+    from rcb_lmms.analysis.features import explain_outliers
+
+    table = pd.DataFrame({"probability": [0.1] * 6 + [0.9] * 20, "cluster_size": [2] * 6 + [10] * 20})
+    assert explain_outliers(table, 0.3).endswith("as here.")
+    table["cluster_size"] = table["cluster_size"].max() + 2 - table["cluster_size"]
+    assert explain_outliers(table, 0.3).endswith("not here.")
+
+
+def test_candidates_of_many_images_are_those_of_the_codebook(stats):
+    from rcb_lmms.analysis.features import candidate_map
+    from rcb_lmms.codebook.build import threshold
+
+    codebook = threshold(*stats)
+    found = candidate_map(*stats, "pca")
+    common = found.table[found.table["common"]]
+    rows = codebook.meta["rows"]
+    assert sorted(zip(common["image"], common["token"], strict=True)) == sorted(
+        zip(rows["image"], rows["patch"], strict=True)
+    )
+    assert codebook.meta["counts"]["candidates"] == len(found.table)
+    assert f"{len(common)} of them" in found.told()
+
+
+def test_a_codebook_of_the_first_images_is_that_of_a_build_of_them(family, stats, tmp_path):
+    from rcb_lmms.codebook.build import build, threshold
+
+    folder, settings = stats
+    images = sorted(folder.parent.glob("*.png"))[:3]
+    alone = build(family, images, tmp_path / "three.safetensors", settings, progress=False)
+    chosen = threshold(folder, settings, limit=3)
+    assert chosen.sha256 == alone.sha256
+    assert chosen.meta["images"] == alone.meta["images"] == 3
+    assert len(chosen) < len(threshold(folder, settings))
+
+
+def test_features_command_draws_an_image_or_candidates(checkpoint, stats, tmp_path):
+    folder, settings = stats
+    image = folder.parent / "1.png"
+    rcb("features", image, "--model", checkpoint, "--out", tmp_path, "--method", "pca")
+    assert len(pd.read_csv(tmp_path / "features-1.tsv", sep="\t")) == 16
+    chosen = [f"--setting={name}={getattr(settings, name)}" for name in ("tau_prob", "tau_jsd", "tau_in", "probes")]
+    chosen += ["--setting=clusters_across=3", "--setting=clusters_per_image=4"]
+    said = rcb("features", "--stats", folder, "--model", checkpoint, "--out", tmp_path, *chosen)
+    assert "of 4 images" in said
+    assert (tmp_path / "candidates.pdf").stat().st_size > 3000
+    result = CliRunner().invoke(app, ["analyze", "features", str(image), "--stats", str(folder)])
+    assert isinstance(result.exception, UserError)

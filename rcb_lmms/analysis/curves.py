@@ -57,7 +57,8 @@ def measure_images(
         statistics = measure(session.family, shown.view, settings, session.batch_size, index)
         probability, divergence = patch_scores(statistics, settings)
         attention = sum(text_to_image_attention(session.family, shown, settings.prompt, layers).values())
-        columns = {"token": index, "probability": probability, "divergence": divergence, "attention": attention[index]}
+        columns = {"token": index, "probability": probability.numpy(), "divergence": divergence.numpy()}
+        columns["attention"] = attention[index]
         if shown.cls_similarity is not None:
             columns["cls_similarity"] = shown.cls_similarity[index]
         tables.append(pd.DataFrame(columns).assign(image=shown.name))

@@ -100,20 +100,20 @@ def influence_table(shown: Shown, found: Influence) -> pd.DataFrame:
     """One row per token: its place, its divergences, its similarity to CLS."""
     import pandas as pd
 
-    index = found.statistics.index
+    index = found.statistics.index.numpy()
     table = pd.DataFrame(
         {
             "token": index,
             "row": index // shown.view.grid[1],
             "column": index % shown.view.grid[1],
-            "jsd_region": found.region,
-            "jsd_global": found.whole,
-            "jsd_combined": found.combined,
-            "jsd_direct": found.direct,
+            "jsd_region": found.region.numpy(),
+            "jsd_global": found.whole.numpy(),
+            "jsd_combined": found.combined.numpy(),
+            "jsd_direct": found.direct.numpy(),
         }
     )
     if shown.cls_similarity is not None:
-        table["cls_similarity"] = shown.cls_similarity[index.numpy()]
+        table["cls_similarity"] = shown.cls_similarity[index]
     return table
 
 

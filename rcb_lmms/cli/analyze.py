@@ -23,20 +23,48 @@ Tokens = Annotated[str, typer.Option(help="all, or raster indices such as 0,17,1
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Asked about the tokens; repeatable.")]
 Layers = Annotated[str | None, typer.Option(help="Decoder layers from 1; by default 2,16,30 of 32, or their share.")]
 Preset = Annotated[str | None, typer.Option(help="Rules: official, paper, paper_literal or lab.")]
+Setting = Annotated[list[str] | None, typer.Option(help="NAME=VALUE of a codebook's build, repeatable.")]
 Out = Annotated[Path, typer.Option(help="Folder for tables and pictures.")]
 
 
+def _settings(model: str, preset: str | None, setting: list[str] | None = None) -> BuildSettings:
+    from rcb_lmms.codebook.settings import parse_changes, settings_for
+    from rcb_lmms.families import family_of
+
+    own = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
+    return settings_for(family_of(model), own, **parse_changes(setting or []))
+
+
 def _open(
-    model: str, preset: str | None, batch_size: int, preprocess: str | None, device: str | None, dtype: str
+    model: str,
+    preset: str | None,
+    batch_size: int,
+    preprocess: str | None,
+    device: str | None,
+    dtype: str,
+    setting: list[str] | None = None,
 ) -> tuple[Session, BuildSettings]:
-    from rcb_lmms.codebook.settings import settings_for
     from rcb_lmms.engine.session import Session
     from rcb_lmms.families import load_family
     from rcb_lmms.pruners import make_pruner
 
+    settings = _settings(model, preset, setting)
     family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
-    own = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
-    return Session(family, make_pruner("none"), batch_size=batch_size), settings_for(family.name, own)
+    return Session(family, make_pruner("none"), batch_size=batch_size), settings
+
+
+def _need_one(**given: Any) -> None:
+    from rcb_lmms.errors import UserError
+
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        options = [name if name.isupper() else f"--{name}" for name in given]
+        raise UserError(
+            wanted="what is to be analysed",
+            found=" and ".join(named) if named else "nothing",
+            allowed=f"one of {', '.join(options)}",
+            next_step=f"name {' or '.join(options)}",
+        )
 
 
 def _numbers(layers: str | None) -> list[int]:
@@ -171,4 +199,39 @@ def curves(
     typer.echo(f"wrote {', '.join(map(str, study.draw_curves(found, out / 'curves')))}")
     facts = {"model": model, "images": len(files), "layers": wanted, "preset": settings.preset, "finding": told}
     _write_table(table, out / "curves", facts | {"curves": [study.curve_facts(curve) for curve in found]})
+    typer.echo(told)
+
+
+@analyze_app.command("features")
+def features(
+    image: Annotated[Path | None, typer.Argument(help="An image file, whose tokens are shown.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="OUT.stats of a codebook's build, whose candidates are.")] = None,
+    method: Annotated[str, typer.Option(help="tsne or pca.")] = "tsne",
+    model: Pretrained = "lab",
+    preset: Preset = None,
+    setting: Setting = None,
+    out: Out = Path("analysis"),
+    batch_size: Batch = 32,
+    preprocess: Preprocess = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Where in feature space the tokens lie that say nothing: of an image, or candidates of many (Figures 7, 8)."""
+    from rcb_lmms.analysis import features as study
+    from rcb_lmms.analysis.images import open_shown
+
+    _need_one(IMAGE=image, stats=stats)
+    if image is not None:
+        session, settings = _open(model, preset, batch_size, preprocess, device, dtype, setting)
+        shown = open_shown(session, image)
+        table = study.image_features(session, shown, settings, method)
+        files = study.draw_features(table, out / f"features-{shown.name}")
+        told = study.explain_outliers(table, settings.tau_prob)
+        _write_table(table, out / f"features-{shown.name}", {"model": model, "image": str(image), "finding": told})
+    else:
+        found = study.candidate_map(stats, _settings(model, preset, setting), method)
+        files = study.draw_candidate_map(found, out / "candidates")
+        told = found.told()
+        _write_table(found.table, out / "candidates", {"stats": str(stats), "finding": told})
+    typer.echo(f"wrote {', '.join(map(str, files))}")
     typer.echo(told)

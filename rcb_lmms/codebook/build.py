@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rcb_lmms.codebook.artefact import Codebook
 from rcb_lmms.codebook.probe import ImageStatistics, measure
-from rcb_lmms.codebook.select import candidates, common_clusters, describe_funnel, join
+from rcb_lmms.codebook.select import Candidates, candidates, common_clusters, describe_funnel, join
 from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import sha256_of, write_atomic
@@ -69,22 +69,23 @@ def build(
     return codebook
 
 
-def threshold(stats_dir: str | Path, settings: BuildSettings, name: str = "codebook") -> Codebook:
-    """Choose prototypes from finished statistics; needs no model, so thresholds can be tried in seconds.
-
-    Rows are in the order of the released codebooks: clusters by their first candidate, inside a cluster by image.
+def read_candidates(
+    stats_dir: str | Path, settings: BuildSettings, limit: int | None = None
+) -> tuple[dict[str, Any], list[Candidates]]:
+    """What finished statistics were made from (`read_manifest`), and the candidates of each image; needs no model.
 
     Args:
         stats_dir: folder that `build` filled.
         settings: may differ from the build's in all but the fields of `BuildSettings.experiment`.
-        name: the codebook's id.
+        limit: only the first images.
 
     Raises:
-        UserError: images are missing, the experiments were other ones, or no token passes (with the counts).
+        UserError: images are missing, or the experiments were other ones.
     """
     stats = Path(stats_dir)
     manifest = read_manifest(stats)
     _check_same(manifest["experiment"], _resolved(settings, manifest["experiment"]), stats)
+    manifest["images"] = manifest["images"][:limit]
     images = [entry["name"] for entry in manifest["images"]]
     if missing := [image for number, image in enumerate(images) if not _shard(stats, number).exists()]:
         raise UserError(
@@ -93,7 +94,29 @@ def threshold(stats_dir: str | Path, settings: BuildSettings, name: str = "codeb
             allowed="a finished build",
             next_step="repeat the build command without --rethreshold: it goes on where it stopped",
         )
-    found = [candidates(ImageStatistics.read(_shard(stats, number)), settings) for number in range(len(images))]
+    return manifest, [
+        candidates(ImageStatistics.read(_shard(stats, number)), settings) for number in range(len(images))
+    ]
+
+
+def threshold(
+    stats_dir: str | Path, settings: BuildSettings, name: str = "codebook", limit: int | None = None
+) -> Codebook:
+    """Choose prototypes from finished statistics; needs no model, so thresholds can be tried in seconds.
+
+    Rows are in the order of the released codebooks: clusters by their first candidate, inside a cluster by image.
+
+    Args:
+        stats_dir: see `read_candidates`.
+        settings: likewise.
+        name: the codebook's id.
+        limit: only the first images.
+
+    Raises:
+        UserError: images are missing, the experiments were other ones, or no token passes (with the counts).
+    """
+    manifest, found = read_candidates(stats_dir, settings, limit)
+    images = [entry["name"] for entry in manifest["images"]]
     tokens, patches, numbers = join(found)
     clusters = common_clusters(tokens, numbers, settings) if len(tokens) else []
     counts = {"images": len(found)} | {key: sum(image.passed[key] for image in found) for key in found[0].passed}
