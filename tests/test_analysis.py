@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -331,16 +333,22 @@ def test_curves_command_measures_an_even_grid(checkpoint, session, tmp_path):
 
 @pytest.fixture(scope="module")
 def stats(family, tmp_path_factory):
-    """Finished statistics of four tiny images, whose thresholds some tokens pass, and these settings."""
+    """Finished statistics of four tiny images, and settings of which every threshold lets a part of the tokens pass."""
     from rcb_lmms.codebook.build import build
+    from rcb_lmms.codebook.probe import ImageStatistics
+    from rcb_lmms.codebook.select import patch_scores
 
     folder = tmp_path_factory.mktemp("built")
     for seed in range(4):
         tiny.random_image(seed).save(folder / f"{seed}.png")
-    loose = {"tau_prob": 0.6, "tau_jsd": 1.0, "tau_in": 1, "clusters_across": 3, "clusters_per_image": 4, "probes": 12}
+    out = folder / "all.safetensors"
+    loose = {"tau_prob": 2, "tau_jsd": 1e9, "tau_in": 1, "clusters_across": 3, "clusters_per_image": 3, "probes": 12}
     settings = settings_for("llava", "official", **loose)
-    build(family, sorted(folder.glob("*.png")), folder / "all.safetensors", settings, progress=False)
-    return folder / "all.safetensors.stats", settings
+    build(family, sorted(folder.glob("*.png")), out, settings, progress=False)
+    files = sorted(Path(f"{out}.stats").glob("*.safetensors"))
+    scores = [patch_scores(ImageStatistics.read(file), settings) for file in files]
+    probability, divergence = (torch.cat(parts).quantile(0.8).item() for parts in zip(*scores, strict=True))
+    return Path(f"{out}.stats"), replace(settings, tau_prob=probability, tau_jsd=divergence, tau_out=5)
 
 
 def test_the_plane_of_a_pca_is_that_of_the_singular_vectors():
@@ -412,10 +420,113 @@ def test_features_command_draws_an_image_or_candidates(checkpoint, stats, tmp_pa
     image = folder.parent / "1.png"
     rcb("features", image, "--model", checkpoint, "--out", tmp_path, "--method", "pca")
     assert len(pd.read_csv(tmp_path / "features-1.tsv", sep="\t")) == 16
-    chosen = [f"--setting={name}={getattr(settings, name)}" for name in ("tau_prob", "tau_jsd", "tau_in", "probes")]
-    chosen += ["--setting=clusters_across=3", "--setting=clusters_per_image=4"]
+    names = ("tau_prob", "tau_jsd", "tau_in", "tau_out", "probes", "clusters_across", "clusters_per_image")
+    chosen = [f"--setting={name}={getattr(settings, name)}" for name in names]
     said = rcb("features", "--stats", folder, "--model", checkpoint, "--out", tmp_path, *chosen)
     assert "of 4 images" in said
     assert (tmp_path / "candidates.pdf").stat().st_size > 3000
     result = CliRunner().invoke(app, ["analyze", "features", str(image), "--stats", str(folder)])
     assert isinstance(result.exception, UserError)
+
+
+# The codebook study
+
+
+def test_every_threshold_left_out_lets_more_pass(stats):
+    from rcb_lmms.analysis.study import ablate, ablation_table
+
+    folder, settings = stats
+    variants = ablate(folder, settings, shares=(0.75, 0.2))
+    assert [own.name for own in variants] == [
+        "all", "no-tau_prob", "no-tau_jsd", "no-tau_out", "no-tau_in", "75-percent-images", "100-images"
+    ]  # fmt: skip
+    whole = variants[0].codebook
+    for own in variants[1:4]:
+        assert own.codebook.meta["counts"]["candidates"] > whole.meta["counts"]["candidates"]
+    # Without the last threshold all candidates are prototypes.
+    without_in = variants[4].codebook
+    assert len(without_in) == without_in.meta["counts"]["candidates"] == whole.meta["counts"]["candidates"]
+    assert [(own.images, own.settings.tau_in) for own in variants[5:]] == [(3, 0), (1, 0)]
+    table = ablation_table(variants, folder)
+    assert table["prototypes"].tolist() == [len(own.codebook) for own in variants]
+    assert table["agreement"].iloc[0] == 1
+    assert table["agreement"].between(0, 1).all()
+    assert table["tau_prob"].tolist()[:2] == [settings.tau_prob, "-"]
+
+
+def test_agreement_counts_tokens_that_both_keep(stats):
+    from rcb_lmms.analysis.study import ablate, ablation_table
+    from rcb_lmms.codebook.probe import ImageStatistics
+
+    folder, settings = stats
+    variants = ablate(folder, settings, shares=())
+    shares = []
+    for file in sorted(folder.glob("*.safetensors")):
+        tokens = torch.nn.functional.normalize(ImageStatistics.read(file).features, dim=-1)
+        kept = []
+        for own in (variants[0], variants[4]):
+            prototypes = torch.nn.functional.normalize(own.codebook.prototypes, dim=-1)
+            redundancy = (tokens @ prototypes.T).amax(-1)
+            kept.append(set(redundancy.argsort(stable=True)[: round(len(tokens) / 9)].tolist()))
+        shares.append(len(kept[0] & kept[1]) / len(kept[0]))
+    assert ablation_table(variants, folder)["agreement"][4] == pytest.approx(np.mean(shares))
+
+
+def test_coverage_is_the_share_of_tokens_near_a_prototype(session, stats):
+    from rcb_lmms.analysis.prototypes import coverage
+    from rcb_lmms.codebook.build import threshold
+
+    folder, settings = stats
+    codebook, images = threshold(folder, settings), sorted(folder.parent.glob("*.png"))
+    table, facts = coverage(session, codebook, images, progress=False)
+    cosines = []
+    for image in images:
+        tokens = torch.nn.functional.normalize(open_shown(session, image).view.features, dim=-1)
+        cosines.append(tokens @ torch.nn.functional.normalize(codebook.prototypes, dim=-1).T)
+    largest = torch.cat(cosines).amax(-1)
+    for row in table.itertuples():
+        assert row.tokens == pytest.approx(float((largest >= row.cosine).float().mean()))
+    assert (facts["tokens"], facts["prototypes"]) == (64, len(codebook))
+    assert facts["nearest"] == len(codebook)  # each prototype is a token of these images
+    assert table["images_without"].iloc[0] == 0
+
+
+def test_the_gallery_shows_the_patches_behind_the_prototypes(session, stats):
+    from rcb_lmms.analysis.prototypes import crop, gallery
+    from rcb_lmms.codebook import Codebook
+    from rcb_lmms.codebook.build import threshold
+
+    folder, settings = stats
+    codebook, images = threshold(folder, settings), sorted(folder.parent.glob("*.png"))
+    found = gallery(session, codebook, images)
+    assert sum(count for count, _ in found) == len(codebook)
+    for name, patch, _ in found[0][1]:
+        token = open_shown(session, folder.parent / f"{name}.png").view.features[patch]
+        assert (codebook.prototypes - token).abs().amax(-1).min() < 1e-5
+    # Of patch 5 of a grid of 4 x 4, the window is the upper left nine, and its frame a third of the crop.
+    pixels = np.asarray(crop(open_shown(session, Image.new("RGB", (80, 80), "green")), 5))
+    white = np.argwhere((pixels == 255).all(-1))
+    assert pixels.shape == (96, 96, 3)
+    assert white.min(0).tolist() == [33, 33]
+    assert white.max(0).tolist() == [63, 63]
+    with pytest.raises(UserError, match="3 other images"):
+        gallery(session, codebook, images[:3])
+    with pytest.raises(UserError, match="does not say where"):
+        gallery(session, Codebook(codebook.prototypes, {"id": "x"}), images)
+
+
+def test_codebook_and_coverage_commands_write_what_they_made(checkpoint, stats, tmp_path):
+    folder, settings = stats
+    names = ("tau_prob", "tau_jsd", "tau_in", "tau_out", "probes", "clusters_across", "clusters_per_image")
+    chosen = [f"--setting={name}={getattr(settings, name)}" for name in names]
+    said = rcb("codebook", folder, "--model", checkpoint, "--out", tmp_path, *chosen)
+    assert f"next: cd {tmp_path} && rcb eval table-3_llava-next-8b" in said
+    made = {file.stem for file in (tmp_path / "codebooks" / "ablation").glob("*.safetensors")}
+    assert {"all", "no-tau_prob", "no-tau_jsd", "no-tau_out", "no-tau_in"} <= made
+    table = pd.read_csv(tmp_path / "ablation.tsv", sep="\t")
+    assert table["codebook"].tolist()[:2] == ["all four thresholds", "without tau_prob"]
+    file = tmp_path / "codebooks" / "ablation" / "all.safetensors"
+    options = ["--images", folder.parent, "--model", checkpoint, "--out", tmp_path]
+    said = rcb("coverage", file, "--gallery", *options)
+    assert "64 tokens of 4 images" in said
+    assert (tmp_path / "gallery-all.png").stat().st_size > 2000
