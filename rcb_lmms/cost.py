@@ -65,3 +65,21 @@ class DecoderShape:
 def codebook_flops(n: int, prototypes: int, d: int) -> int:
     """RCB's overhead for `n` visual tokens: the similarity matrix, `n * N * (2d - 1)` (paper 5.3)."""
     return n * prototypes * (2 * d - 1)
+
+
+def tower_flops(vision: Any, patches: int, cls: bool) -> int:
+    """FLOPs of a CLIP or SigLIP tower over one view: patch embedding, projections, full attention, two-matrix MLP.
+
+    Args:
+        vision: its Hugging Face configuration.
+        patches: of the view.
+        cls: whether it has one position more than patches.
+    """
+    n, d = patches + cls, vision.hidden_size
+    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * vision.intermediate_size
+    return 2 * patches * 3 * vision.patch_size**2 * d + vision.num_hidden_layers * layer
+
+
+def projector_flops(patches: int, c: int, d: int) -> int:
+    """FLOPs of LLaVA's two-layer projector from width `c` to width `d`."""
+    return 2 * patches * (c * d + d * d)

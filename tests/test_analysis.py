@@ -530,3 +530,41 @@ def test_codebook_and_coverage_commands_write_what_they_made(checkpoint, stats, 
     said = rcb("coverage", file, "--gallery", *options)
     assert "64 tokens of 4 images" in said
     assert (tmp_path / "gallery-all.png").stat().st_size > 2000
+
+
+# The cost of scoring
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_flops_of_tower_and_projector_are_what_torch_counts(family, cls):
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+    from rcb_lmms.cost import projector_flops, tower_flops
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"image_size": 28, "patch_size": 7}
+    configuration = (CLIPVisionConfig if cls else SiglipVisionConfig)(**sizes, attn_implementation="eager")
+    if not cls:
+        configuration.vision_use_head = False
+    tower = (CLIPVisionModel if cls else SiglipVisionModel)(configuration).eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        tower(torch.zeros(1, 3, 28, 28))
+    assert counter.get_total_flops() == tower_flops(configuration, 16, cls)
+    width = family.model.config.vision_config.hidden_size
+    with FlopCounterMode(display=False) as counter:
+        family.project(torch.zeros(1, 16, width))
+    assert counter.get_total_flops() == projector_flops(16, width, family.width)
+
+
+def test_cost_command_lists_every_stage(checkpoint, codebook_file, stats, tmp_path):
+    options = ["--model", checkpoint, "--codebook", codebook_file, "--out", tmp_path, "--ratio", 0.25, "--limit", 2]
+    said = rcb("cost", "--images", stats[0].parent, *options)
+    table = pd.read_csv(tmp_path / "cost.tsv", sep="\t").set_index("stage")
+    assert table.index.tolist()[-3:] == ["RCB scoring", "prefill, unpruned", "prefill, pruned"]
+    # 16 tokens, 12 prototypes of width 48: n * N * (2 d - 1).
+    assert table.loc["RCB scoring", "gflops"] == pytest.approx(16 * 12 * 95 / 1e9, rel=1e-5)
+    assert table.loc["RCB scoring", "codebook_mb"] == pytest.approx(12 * 48 * 4 / 1e6, rel=1e-5)
+    assert (table["ms"] > 0).all()
+    assert table.loc["prefill, pruned", "gflops"] < table.loc["prefill, unpruned", "gflops"]
+    assert "where the paper says about 0.5 GB" in said
