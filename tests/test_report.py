@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.questions import Question
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family, places
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
@@ -26,6 +28,7 @@ from rcb_lmms.pruners import make_pruner
 from rcb_lmms.report import drawing, pictures, statistics
 from rcb_lmms.report.collect import collect
 from rcb_lmms.report.plots import accuracy_plot
+from rcb_lmms.report.sheets import kept_of
 from rcb_lmms.report.summary import comparison_table, group, summary_table
 from rcb_lmms.report.tables import for_terminal, readable, write_tables
 
@@ -507,7 +510,12 @@ def test_fastv_draws_what_eager_attention_ranks_highest(family):
 
     pruner = make_pruner("fastv", budget=Budget.tokens(5))
     image = tiny.random_image(1)
-    kept = pictures.kept_tokens(family, pruner, image, "Is it red?").indices
+    session = Session(family, pruner)
+
+    def kept_under(text):
+        return kept_of(session, Question(text, [Visual((image,), "base")]))[1][0].indices
+
+    kept = kept_under("Is it red?")
     (view,) = family.encode([image])[0]
     prompt = family.embed(family.prompt("Is it red?"), [family.pack_base(view.features)])
     decoder = family.model.get_decoder()
@@ -520,7 +528,7 @@ def test_fastv_draws_what_eager_attention_ranks_highest(family):
     ((start, stop),) = prompt.spans
     row = attention[0].mean(0)[-1, start:stop]
     assert kept.tolist() == sorted(row.topk(5).indices.tolist())
-    other = pictures.kept_tokens(family, pruner, image, "How many circles are there?").indices
+    other = kept_under("How many circles are there?")
     assert len(other) == 5
 
 
@@ -598,7 +606,8 @@ def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
     assert boxes[0].tolist() == [0, 0, 30, 10]
     assert boxes[-1].tolist() == [90, 30, 120, 40]
     pruners = {name: make_pruner(name, budget=Budget.tokens(5)) for name in ("random", "fastv")}
-    kept = {name: pictures.kept_tokens(family, pruner, image) for name, pruner in pruners.items()}
+    question = Question("What?", [Visual((image,), "base")])
+    kept = {name: kept_of(Session(family, pruner), question)[1][0] for name, pruner in pruners.items()}
     assert [len(own.indices) for own in kept.values()] == [5, 5]
     assert max(own.indices.max() for own in kept.values()) < 16
     assert pictures.kept_tokens_picture(family, pruners, [image], tmp_path / "kept.png").stat().st_size > 5000

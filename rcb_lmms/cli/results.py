@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.cli.common import Preprocess, Pretrained
-
 app = typer.Typer()
 
 
@@ -62,29 +60,6 @@ def plot(
 
     for file in accuracy_plot(summary_table(collect(results)[0]), out or results / "accuracy"):
         typer.echo(f"wrote {file}")
-
-
-@app.command()
-def show(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    model: Pretrained = "lab",
-    keep: Annotated[int, typer.Option(help="Retained visual tokens per image.")] = 36,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rcb,prumerge,prumerge_plus,random",
-    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
-    preprocess: Preprocess = None,
-    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("kept_tokens.png"),
-) -> None:
-    """Draw which visual tokens each method keeps, on the original images."""
-    from rcb_lmms.budget import Budget
-    from rcb_lmms.families import default_codebook, load_family
-    from rcb_lmms.pruners import make_pruner
-    from rcb_lmms.report.pictures import kept_tokens_picture
-
-    family = load_family(model, preprocess=preprocess)
-    own = {"rcb": {"codebook": codebook or default_codebook(family.name, model)}}
-    pruners = {name: make_pruner(name, budget=Budget.tokens(keep), **own.get(name, {})) for name in methods.split(",")}
-    kept_tokens_picture(family, pruners, [family.open(image).image for image in images], out)
-    typer.echo(f"wrote {out}")
 
 
 @app.command()

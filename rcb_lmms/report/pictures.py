@@ -1,36 +1,55 @@
-"""Kept visual tokens on the original image: the preprocessing is undone, pixel by pixel."""
+"""Kept visual tokens on the original image, methods side by side: the preprocessing is undone, pixel by pixel."""
 
 from __future__ import annotations
 
-import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.questions import Question
+from rcb_lmms.engine.questions import Answer, Question
 from rcb_lmms.engine.session import Session
-from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual
-from rcb_lmms.families.places import kept_mask
-from rcb_lmms.files import write_atomic
+from rcb_lmms.families.places import kept_mask, painted
+from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner
-from rcb_lmms.report.drawing import enlarged, panel_image
+from rcb_lmms.report.drawing import drawable, enlarged, panel_image, save_figure
+from rcb_lmms.report.sheets import Kept, Sheet, kept_of, sheets_of
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 QUESTION = "What does this image show?"
+INCHES, CAPTION_LETTERS = 1.75, 34
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a method keeps of one image: indices `(k,)` of its view, and tokens it makes beside them (PruMerge's)."""
+class Shown:
+    """One question and its media.
 
-    indices: np.ndarray
-    made: int = 0
+    Attributes:
+        text: the question.
+        media: of each image or video its visuals (see `open_media`).
+    """
+
+    text: str
+    media: Sequence[Sequence[Visual]]
+
+    @property
+    def question(self) -> Question:
+        """The question, its media before the text."""
+        return Question(self.text, [visual for visuals in self.media for visual in visuals])
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one method keeps of one question, and its answer if it was asked for one."""
+
+    kept: Sequence[Kept]
+    answer: Answer | None = None
 
 
 def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
@@ -47,27 +66,6 @@ def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
     return pil.fromarray(drawn.round().astype(np.uint8))
 
 
-def kept_tokens(family: Family, pruner: Pruner, image: Image, question: str = QUESTION) -> Kept:
-    """What a method keeps of an image's base view; methods that see the question are run on `question`.
-
-    Raises:
-        UserError: a method that keeps none of the image's own tokens.
-    """
-    if pruner.stage == "pixels":
-        raise UserError(
-            wanted="draw the tokens that downsample keeps",
-            found="a method that makes the whole image smaller, so that each of its tokens is a new one",
-            allowed="methods that choose among an image's tokens: rcb, prumerge, prumerge_plus, fastv, random, stride",
-            next_step="leave downsample out",
-        )
-    trace = Session(family, pruner).trace(Question(question, [Visual((image,), "base")]))
-    if trace.layer_kept:
-        *_, kept = trace.layer_kept.values()
-        return Kept(kept.numpy())
-    selection = trace.selections[0][0]
-    return Kept(selection.kept.cpu().numpy(), made=len(selection) - len(selection.kept))
-
-
 def kept_tokens_picture(
     family: Family,
     pruners: Mapping[str, Pruner],
@@ -75,7 +73,7 @@ def kept_tokens_picture(
     out: Path,
     questions: Sequence[str] | None = None,
 ) -> Path:
-    """Write a PNG: one row per image, the original first, then the tokens that every method keeps, with their count.
+    """Write a PNG of images' base views; see `draw_kept`.
 
     Args:
         family: the loaded model.
@@ -84,35 +82,181 @@ def kept_tokens_picture(
         out: the file to write.
         questions: one per image, for methods that see the question; shown under the originals.
     """
+    shown = [
+        Shown(questions[number] if questions else QUESTION, [[Visual((image,), "base")]])
+        for number, image in enumerate(images)
+    ]
+    session = Session(family, make_pruner("none"))
+    (png,) = draw_kept(session, pruners, shown, out, formats=("png",), asked=questions is not None)
+    return png
+
+
+def draw_kept(
+    session: Session,
+    pruners: Mapping[str, Pruner],
+    shown: Sequence[Shown],
+    out: Path,
+    *,
+    formats: Sequence[str] = ("png", "svg", "pdf"),
+    asked: bool = True,
+    scores: bool = False,
+    max_new_tokens: int = 0,
+) -> list[Path]:
+    """Draw kept and pruned tokens: one row per sheet (see `sheets_of`), the original first, then method by method.
+
+    Args:
+        session: of the unpruned model, whose encoded images all methods share.
+        pruners: methods by the name over their column.
+        shown: questions with their media.
+        out: path whose ending is replaced by each of the formats.
+        formats: of the files.
+        asked: whether questions stand under the originals; where they do not, a note names who saw them.
+        scores: add a row of score maps under each sheet.
+        max_new_tokens: ask every method, and the unpruned model, for answers of so many tokens; 0 asks none.
+
+    Returns:
+        the files.
+
+    Raises:
+        UserError: a method that keeps none of the image's own tokens, or a budget that cannot be met.
+    """
+    sessions = {"": session} | {name: session.with_pruner(pruner) for name, pruner in pruners.items()}
+    lines = []
+    for own in shown:
+        columns = {name: _column(each, own, name != "", max_new_tokens) for name, each in sessions.items()}
+        sheets = sheets_of(session.family, own.media, session.trace(own.question).views)
+        lines += [
+            _Line(sheet, columns, own.text if asked and sheet is sheets[-1] else "", sheet is sheets[-1])
+            for sheet in sheets
+        ]
+    figure = _figure(lines, list(pruners), scores)
+    if not asked and (seeing := [name for name, pruner in pruners.items() if pruner.sees_question]):
+        figure.supxlabel(f'{", ".join(seeing)} chooses by the question, here "{shown[0].text}"', fontsize=8)
+    return save_figure(figure, out, formats)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One row of the figure; `columns` by method, the unpruned model's under an empty name."""
+
+    sheet: Sheet
+    columns: Mapping[str, Column]
+    text: str
+    last: bool  # of the question's sheets: answers stand under it
+
+    def captions(self) -> list[str]:
+        """Under the original and under every method's panel."""
+        captions = []
+        for name, column in self.columns.items():
+            told = [count_text(self.sheet, column.kept) if name else self.text or self.sheet.title]
+            if self.last and column.answer is not None:
+                told.append(_said(column.answer) if name else f"unpruned: {_said(column.answer)}")
+            captions.append(_wrapped("\n".join(told)))
+        return captions
+
+
+def _column(session: Session, shown: Shown, chosen: bool, max_new_tokens: int) -> Column:
+    answer = session.answer([shown.question], max_new_tokens=max_new_tokens)[0] if max_new_tokens else None
+    return Column(kept_of(session, shown.question)[1] if chosen else [], answer)
+
+
+def _figure(lines: Sequence[_Line], names: Sequence[str], scores: bool) -> Any:
     from matplotlib.figure import Figure
 
-    heights = [max(0.4, min(1.6, image.height / image.width)) for image in images]
-    columns, inches = 1 + len(pruners), 1.75
-    size = inches * columns, sum(inches * height + 0.22 for height in heights) + 0.5
+    each = 2 if scores else 1
+    canvases = [line.sheet.canvas for line in lines for _ in range(each)]
+    heights = [max(0.4, min(1.6, canvas.height / canvas.width)) for canvas in canvases]
+    text = sum(0.1 + 0.13 * max(caption.count("\n") + 1 for caption in line.captions()) for line in lines)
+    size = INCHES * (1 + len(names)), INCHES * sum(heights) + each * text + 0.5
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.02, wspace=0.02)
-    axes = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
-    for row, (panels, image) in enumerate(zip(axes, images, strict=True)):
-        visual = Visual((image,), "base")
-        shown, boxes = enlarged(image, family.places(visual)[0].boxes(family.grid))
-        question = questions[row] if questions else QUESTION
-        panel_image(panels[0], shown, question if questions else f"{image.width} × {image.height} px")
-        for panel, pruner in zip(panels[1:], pruners.values(), strict=True):
-            kept = kept_tokens(family, pruner, image, question)
-            made = f" + {kept.made} merged" if kept.made else ""
-            panel_image(panel, highlight(shown, boxes, kept.indices), f"{len(kept.indices)}{made} of {len(boxes)}")
-            _outline(panel, boxes, kept.indices, family.grid)
-    for panel, name in zip(axes[0], ["image", *pruners], strict=True):
+    axes = figure.subplots(len(heights), 1 + len(names), squeeze=False, height_ratios=heights)
+    for number, line in enumerate(lines):
+        _draw_line(axes[each * number], line)
+        if scores:
+            _draw_scores(axes[each * number + 1], line)
+    for panel, name in zip(axes[0], ["image", *names], strict=True):
         panel.set_title(name, fontsize=10)
-    if not questions and (asked := [name for name, pruner in pruners.items() if pruner.sees_question]):
-        figure.supxlabel(f'{", ".join(asked)} chooses by the question, here "{QUESTION}"', fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return write_atomic(out, buffer.getvalue())
+    return figure
+
+
+def _said(answer: Answer) -> str:
+    return f"no answer ({answer.error})" if answer.error else f"“{answer.text}”"
+
+
+def _wrapped(caption: str) -> str:
+    lines = [textwrap.shorten(drawable(line), 6 * CAPTION_LETTERS, placeholder=" …") for line in caption.split("\n")]
+    return "\n".join("\n".join(textwrap.wrap(line, CAPTION_LETTERS)) for line in lines)
+
+
+def count_text(sheet: Sheet, kept: Sequence[Kept]) -> str:
+    """How many of a sheet's tokens stay: those a method made, and those that show padding alone, are said apart."""
+    own = [kept[number] for number in sheet.views]
+    count, made = sum(len(view.indices) for view in own), sum(view.made for view in own)
+    padding = sum(
+        int(_off(sheet.canvas, boxes[view.indices]).sum()) for view, boxes in zip(own, sheet.boxes, strict=True)
+    )
+    text = f"{count}{f' + {made} merged' if made else ''} of {sum(map(len, sheet.boxes))}"
+    return text + (f", {padding} on padding" if padding else "")
+
+
+def _off(canvas: Image, boxes: np.ndarray) -> np.ndarray:
+    left, top, right, bottom = boxes.T
+    return (right <= 0) | (bottom <= 0) | (left >= canvas.width) | (top >= canvas.height) | (right <= left)
+
+
+def _chosen(sheet: Sheet, kept: Sequence[Kept]) -> np.ndarray:
+    """Indices of the kept tokens among all tokens of a sheet."""
+    import numpy as np
+
+    starts = np.cumsum([0, *map(len, sheet.boxes)])
+    return np.concatenate([start + kept[number].indices for start, number in zip(starts, sheet.views, strict=False)])
+
+
+def _draw_line(panels: Sequence[Any], line: _Line) -> None:
+    import numpy as np
+
+    sheet = line.sheet
+    canvas, boxes = enlarged(sheet.canvas, np.concatenate(sheet.boxes))
+    parts = np.split(boxes, _ends(sheet))
+    for panel, (name, column), caption in zip(panels, line.columns.items(), line.captions(), strict=True):
+        if not name:
+            panel_image(panel, canvas, caption)
+            continue
+        panel_image(panel, highlight(canvas, boxes, _chosen(sheet, column.kept)), caption)
+        for number, own, grid in zip(sheet.views, parts, sheet.grids, strict=True):
+            _outline(panel, own, column.kept[number].indices, grid)
+        # Tokens on padding lie outside.
+        panel.set_xlim(-0.5, canvas.width - 0.5)
+        panel.set_ylim(canvas.height - 0.5, -0.5)
+
+
+def _ends(sheet: Sheet) -> list[int]:
+    import numpy as np
+
+    return np.cumsum([len(boxes) for boxes in sheet.boxes])[:-1].tolist()
+
+
+def _draw_scores(panels: Sequence[Any], line: _Line) -> None:
+    """Each method's scores over the image, in its own scale: bright tokens stay first."""
+    import numpy as np
+    from PIL import ImageOps
+
+    sheet = line.sheet
+    canvas, boxes = enlarged(sheet.canvas, np.concatenate(sheet.boxes))
+    grey = 0.5 + 0.5 * np.asarray(ImageOps.grayscale(canvas)) / 255
+    for panel, (name, column) in zip(panels, line.columns.items(), strict=True):
+        if not name:
+            panel.set_visible(False)
+            continue
+        values = np.concatenate([column.kept[number].scores for number in sheet.views])
+        panel_image(panel, grey, cmap="gray", vmin=0, vmax=1)
+        panel_image(panel, painted(canvas.size, boxes, values), cmap="viridis", alpha=0.75)
+        panel.set_xlabel(f"scores {values.min():.3g} to {values.max():.3g}", fontsize=8, labelpad=3)
 
 
 def _outline(panel: Any, boxes: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> None:
-    """A thin line between kept and pruned patches: a dark patch that stays would look like a dimmed one."""
+    """A line between kept and pruned patches, white within black, which is seen on any background."""
     import numpy as np
     from matplotlib.collections import LineCollection
 
@@ -128,4 +272,5 @@ def _outline(panel: Any, boxes: np.ndarray, kept: np.ndarray, grid: tuple[int, i
             (row, column + 1): [(right, top), (right, bottom)],
         }
         lines += [line for neighbour, line in sides.items() if not stays[neighbour]]
-    panel.add_collection(LineCollection(lines, colors="white", linewidths=0.7), autolim=False)
+    for colour, width in (("black", 1.8), ("white", 0.7)):
+        panel.add_collection(LineCollection(lines, colors=colour, linewidths=width), autolim=False)
