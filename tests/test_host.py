@@ -153,6 +153,22 @@ def test_unknown_tasks_and_models_set_the_exit_status(command):
     assert command("--model", "x", tasks="pope") != 0
 
 
+def test_the_hosts_own_command_says_what_it_lacks_and_ends_with_an_error(pope_tree, checkpoint, tmp_path):
+    given = ["--model", "llava_random", "--model_args", f"pretrained={checkpoint},keep=999", "--tasks", "pope"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *given],
+        cwd=pope_tree,
+        env={**os.environ, "RCB_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("The same arguments work with `lmms_eval`") == 1
+    assert "found:   a view of 16 visual tokens" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("entry", ["llava_rcb"])
 def test_two_processes_give_the_results_of_one(command, entry, pope_tree, checkpoint, codebook_file, tmp_path):
     arguments = f"pretrained={checkpoint},keep=5,codebook={codebook_file}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -46,7 +48,17 @@ def common(
     """Evaluate visual token pruning on the LLaVA family, through stock lmms-eval, at matched budgets."""
 
 
+def _quieten() -> None:
+    """Keep from the terminal what lmms-eval notes for its developers, and bars for files of a few kilobytes."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="<level>{level}</level> {name}: {message}")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
     """Entry point: errors in the input end in four lines and status 2."""
+    _quieten()
     with exit_on_user_error():
         app()

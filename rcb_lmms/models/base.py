@@ -47,6 +47,7 @@ class PrunedModel(lmms):
     def __init__(self, **arguments: Any):
         super().__init__()
         with leave_with():
+            invocation.warn_of_host_command()
             invocation.refuse_response_cache()
             arguments = _seeded(arguments)
             self.settings = resolve(self.family_name, self.method, arguments)

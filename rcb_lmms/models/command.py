@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib.util
 import math
 import os
@@ -87,9 +88,17 @@ def _check_tasks(tasks: Any, include_path: Any) -> None:
             allowed="names that `lmms_eval tasks list` shows, separated by commas",
             next_step="--tasks pope",
         )
-    if os.path.isdir(tasks) or tasks in LISTS:
-        return
-    known = task_words([include_path] if isinstance(include_path, str) else [])
+    if not os.path.isdir(tasks) and tasks not in LISTS:
+        check_tasks(names, [include_path] if isinstance(include_path, str) else [])
+
+
+def check_tasks(names: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse names that no task file of lmms-eval, of this package or of more folders holds.
+
+    Raises:
+        UserError: unknown names, with the nearest known ones.
+    """
+    known = task_words(tuple(folders))
     unknown = [name for name in names if not os.path.isfile(name) and not fnmatch.filter(known, name)]
     if unknown:
         near = [word for name in unknown for word in get_close_matches(name, known, n=1)]
@@ -97,7 +106,7 @@ def _check_tasks(tasks: Any, include_path: Any) -> None:
             wanted=f"the tasks {', '.join(unknown)}",
             found="no such task or group in lmms-eval, in this package or in --include_path",
             allowed="names that `lmms_eval tasks list` shows, patterns of them such as mme*, and files",
-            next_step=f"--tasks {','.join(near)}" if near else "lmms_eval tasks list",
+            next_step=f"correct the names: {', '.join(near)}" if near else "lmms_eval tasks list",
         )
 
 
@@ -109,7 +118,8 @@ def task_files(folders: Sequence[str]) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def task_words(folders: Sequence[str]) -> set[str]:
+@functools.cache
+def task_words(folders: tuple[str, ...]) -> set[str]:
     """All words of all task files, the names of tasks among them; reading them so takes a tenth of a second."""
     texts = (file.read_text(encoding="utf-8", errors="replace") for file in task_files(folders))
     return {word for text in texts for word in re.findall(r"[\w.+-]+", text)}

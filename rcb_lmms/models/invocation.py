@@ -8,6 +8,7 @@ Nor can whoever starts lmms-eval hand anything to the models it makes, or get th
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import UserError, host_command_runs
 
 if TYPE_CHECKING:
     from rcb_lmms.models.record import RunRecord
@@ -121,6 +122,17 @@ def asked_seed() -> int | None:
     parts = given.pop().strip("[]()").split(",")
     value = parts[TORCH_SEED] if len(parts) > TORCH_SEED else parts[0]
     return int(value) if value.strip().lstrip("-").isdigit() else None
+
+
+def warn_of_host_command() -> None:
+    """Say once what lmms-eval's own command cannot do for an entry, if it is the one that runs."""
+    if host_command_runs() and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            "warning: lmms-eval's own command knows these models, but not the tasks rcb_*; it writes no record of "
+            "budgets into the results, and leaves with status 0 when samples fail. The same arguments work with "
+            "`lmms_eval`, and with `accelerate launch -m rcb_lmms.runs.host`, which do all three.",
+            file=sys.stderr,
+        )
 
 
 def refuse_response_cache() -> None:

@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import no_file
+from rcb_lmms.models.command import check_tasks
 from rcb_lmms.models.task_data import check_data
 from rcb_lmms.runs.configs import Entry, for_checkpoint, read_configs, run_folder
 from rcb_lmms.runs.folder import RECORD, locked, read_record, run_evaluation
@@ -58,10 +58,9 @@ def evaluate(
     for folder in {entry.include_path for entry in entries if entry.include_path}:
         _check_folder(folder)
     managers = functools.cache(make_task_manager)
-    todo = [entry for entry in entries if not _done(run_folder(results, entry, limit))]
-    for place in dict.fromkeys(entry.include_path for entry in todo):
-        own = [entry for entry in todo if entry.include_path == place]
-        _check_tasks(own, managers(own[0].model, place))
+    for entry in entries:
+        if not _done(run_folder(results, entry, limit)):
+            check_tasks([entry.task], _places(entry))
     problems: dict[str, list[str]] = {}
     for number, entry in enumerate(entries, 1):
         print(f"[{number:>{len(str(len(entries)))}}/{len(entries)}] {entry.name} {entry.task} ", end="", flush=True)
@@ -94,16 +93,8 @@ def _check_folder(folder: str) -> None:
         )
 
 
-def _check_tasks(entries: Sequence[Entry], manager: Any) -> None:
-    unknown = sorted({entry.task for entry in entries} - set(manager.all_tasks))
-    if unknown:
-        near = [name for task in unknown for name in get_close_matches(task, manager.all_tasks, n=2)]
-        raise UserError(
-            wanted=f"the tasks {', '.join(unknown)}",
-            found="no such task or group in lmms-eval, in tasks/ or in --include_path",
-            allowed="names that `lmms_eval tasks list` shows, and the files in tasks/ and in --include_path FOLDER",
-            next_step="correct the names in the configuration" + (f": {', '.join(near)}?" if near else ""),
-        )
+def _places(entry: Entry) -> list[str]:
+    return [entry.include_path] if entry.include_path else []
 
 
 def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | None, managers: Any) -> bool:
@@ -118,7 +109,7 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
                 next_step=f"remove {folder} to run it again",
             )
         if not done:
-            check_data([entry.task], [entry.include_path] if entry.include_path else [])
+            check_data([entry.task], _places(entry))
         run_evaluation(
             entry.model,
             arguments,
