@@ -129,7 +129,7 @@ def test_model_args_and_lmms_evals_own_argument_may_both_give_a_batch_size(monke
         (["--tasks", "pope", "--gen_kwargs", "temperature=-1"], "temperature=-1", "--gen_kwargs"),
         (["--tasks", "pope", "--gen_kwargs", "top_p=nan"], "top_p=nan", "--gen_kwargs"),
         (["--tasks", "pope", "--gen_kwargs", "tempreature=1"], "tempreature, which is unknown", "--gen_kwargs"),
-        (["--tasks", "poppe"], "no such task", "--tasks pope"),
+        (["--tasks", "poppe"], "no such task", "correct the names: pope"),
         (["--tasks", ""], "--tasks ''", "--tasks pope"),
         ([], "no --tasks", "--tasks pope"),
         (["--tasks", "pope", "--limit", "0"], "no number", "--limit 8"),
@@ -161,7 +161,7 @@ def test_a_misspelt_entry_is_answered_with_the_nearest(monkeypatch):
 
 
 def test_no_task_of_lmms_eval_or_ours_is_called_misspelt():
-    assert set(make_task_manager().all_tasks) <= task_words([])
+    assert set(make_task_manager().all_tasks) <= task_words()
 
 
 def test_the_readme_names_every_argument():

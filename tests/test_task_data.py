@@ -49,6 +49,17 @@ def test_groups_and_tasks_of_the_package_lead_to_their_data(tree, monkeypatch):
         check_data(["rcb_paper"])
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_tasks_of_a_folder_lead_to_their_data(tree, tmp_path, several):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text(f"task: rcb_mine\ndataset_path: {tree / 'lmms-lab-encoder' / 'POPE'}\n")
+    (own / "loop").symlink_to("loop")  # nobody can read it, and nobody has to
+    parquet(tree).write_bytes(b"")
+    with pytest.raises(UserError, match="the data of task rcb_mine"):
+        check_data(["rcb_mine"], [str(own)] if several else str(own))
+
+
 @pytest.fixture
 def cached(tree):
     """A tree of which `datasets` has a copy that was made a minute ago, with the copy's folder."""

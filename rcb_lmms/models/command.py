@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,16 @@ def _check_tasks(tasks: Any, include_path: Any) -> None:
             next_step="--tasks pope",
         )
     if not os.path.isdir(tasks) and tasks not in LISTS:
-        check_tasks(names, [include_path] if isinstance(include_path, str) else [])
+        check_tasks(names, include_path if isinstance(include_path, str) else ())
 
 
-def check_tasks(names: Sequence[str], folders: Sequence[str]) -> None:
+def check_tasks(names: Sequence[str], include_path: str | Sequence[str] = ()) -> None:
     """Refuse names that no task file of lmms-eval, of this package or of more folders holds.
 
     Raises:
         UserError: unknown names, with the nearest known ones.
     """
-    known = task_words(tuple(folders))
+    known = task_words(include_path)
     unknown = [name for name in names if not os.path.isfile(name) and not fnmatch.filter(known, name)]
     if unknown:
         near = [word for name in unknown for word in get_close_matches(name, known, n=1)]
@@ -110,16 +111,28 @@ def check_tasks(names: Sequence[str], folders: Sequence[str]) -> None:
         )
 
 
-def task_files(folders: Sequence[str]) -> list[Path]:
-    """The task files of lmms-eval, of this package and of more folders."""
-    host = importlib.util.find_spec("lmms_eval")
-    places = [Path(host.origin).parent / "tasks", data_dir("tasks"), *map(Path, folders)]
-    files = (file for place in places for file in place.rglob("*") if file.suffix in (".yaml", ".yml", ""))
-    return [file for file in files if file.is_file()]
+def task_files(include_path: str | Sequence[str] = ()) -> dict[Path, str]:
+    """The task files of lmms-eval, of this package and of a folder or more, with their texts.
+
+    Files that cannot be read are passed over, as lmms-eval does.
+    """
+    own = [include_path] if isinstance(include_path, str) else include_path
+    return {**_shipped_files(), **{file: text for folder in own for file, text in _texts(Path(folder))}}
 
 
 @functools.cache
-def task_words(folders: tuple[str, ...]) -> set[str]:
+def _shipped_files() -> dict[Path, str]:
+    host = Path(importlib.util.find_spec("lmms_eval").origin).parent
+    return {file: text for folder in (host / "tasks", data_dir("tasks")) for file, text in _texts(folder)}
+
+
+def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
+    for file in folder.rglob("*"):
+        if file.suffix in (".yaml", ".yml", ""):
+            with contextlib.suppress(OSError):
+                yield file, file.read_text(encoding="utf-8", errors="replace")
+
+
+def task_words(include_path: str | Sequence[str] = ()) -> set[str]:
     """All words of all task files, the names of tasks among them; reading them so takes a tenth of a second."""
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in task_files(folders))
-    return {word for text in texts for word in re.findall(r"[\w.+-]+", text)}
+    return {word for text in task_files(include_path).values() for word in re.findall(r"[\w.+-]+", text)}

@@ -21,18 +21,18 @@ from rcb_lmms.resources import cache_dir
 HUB_TIMEOUT_S = 5
 
 
-def check_data(names: Iterable[str], folders: Sequence[str] = ()) -> None:
+def check_data(names: Iterable[str], include_path: str | Sequence[str] = ()) -> None:
     """Refuse tasks whose data is damaged, absent, or read from a cache of other files.
 
     Args:
         names: of tasks and groups.
-        folders: of task files beside lmms-eval's and ours.
+        include_path: a folder or more of task files beside lmms-eval's and ours.
 
     Raises:
         UserError: a parquet file that cannot be read or has no rows, a cache that is out of date, a hub that cannot
             be reached or refuses.
     """
-    for task, path, config in sorted(set(_data_sets(tuple(names), tuple(folders)))):
+    for task, path, config in sorted(set(_data_sets(names, include_path))):
         if os.path.isdir(path):
             _check_folder(task, Path(path), config)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not _known_here(path):
@@ -82,8 +82,7 @@ def failure(tasks: str, error: Exception) -> UserError | None:
     )
 
 
-@functools.cache
-def _data_sets(names: tuple[str, ...], folders: tuple[str, ...]) -> list[tuple[str, str, str]]:
+def _data_sets(names: Iterable[str], include_path: str | Sequence[str]) -> list[tuple[str, str, str]]:
     """Task, data set and configuration of every task that names and groups stand for."""
     import yaml
 
@@ -104,7 +103,7 @@ def _data_sets(names: tuple[str, ...], folders: tuple[str, ...]) -> list[tuple[s
         base = read(file.parent / included) if isinstance(included, str) else {}
         return {**base, **content}
 
-    texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in task_files(folders)}
+    texts = task_files(include_path)
     found, todo, seen = [], [*names], set()
     while todo:
         name = todo.pop()
