@@ -328,6 +328,27 @@ def test_the_figure_is_drawn_from_its_numbers(tmp_path):
     assert (by_row["Ours 29"], by_row["Ours 17"]) == ("", "75.0")
 
 
+def test_tables_and_figures_of_the_laboratory_say_so(tmp_path):
+    root = tmp_path / "results"
+    for row in layout("figure-9").blocks[0].rows[:2]:
+        for column in layout("figure-9").columns:
+            for entry in row.entries(column):
+                write_run(root, entry, column, arguments=for_checkpoint(entry, "lab"))
+    text, blanks = write_paper_table(layout("figure-9"), root, tmp_path)
+    assert "laboratory model" in text
+    assert " here" not in text
+    title = (tmp_path / "figure-9.md").read_text().splitlines()[0]
+    assert title.endswith("removed, beside the laboratory model")
+    (line,) = blanks
+    assert line.endswith("runs are not there, llava_full first (rcb eval figure-9_llava-1.5-7b)")
+
+
+def test_a_figure_without_a_measured_number_is_not_drawn(tmp_path):
+    _, (line,) = write_paper_table(layout("figure-9"), tmp_path, tmp_path / "out")
+    assert "170 runs are not there" in line
+    assert not (tmp_path / "out" / "figure-9.png").exists()
+
+
 # What may not enter
 
 
@@ -352,12 +373,12 @@ DAMAGES = {
     "run.json is of another run: model llava_rcb": _record(model="llava_rcb"),
     r"run.json is of another run: tasks \['pope'\]": _record(tasks=["pope"]),
     "run.json is damaged": _edit("run.json", lambda text: text[:40]),
-    "run.json is not a record of this package": _edit("run.json", lambda text: '{"name": "a notebook"}'),
+    "run.json is damaged: status: Field required": _edit("run.json", lambda text: '{"name": "a notebook"}'),
     "results.json is damaged": _edit("results.json", lambda text: text[:-9]),
     "results.json has no number for rcb_mantis_accuracy": _edit(
         "results.json", lambda text: text.replace("0.75", '"N/A"')
     ),
-    r"run.json or results.json is damaged: KeyError": _edit(
+    "results.json is damaged: n-samples: Field required": _edit(
         "results.json", lambda text: text.replace("n-samples", "samples")
     ),
     "no results.json": lambda folder: (folder / "results.json").unlink(),
@@ -365,7 +386,7 @@ DAMAGES = {
     "samples_rcb_mantis.jsonl has 7 of 8 samples": _edit(
         "samples_rcb_mantis.jsonl", lambda text: text[: text.rindex("{")]
     ),
-    "samples_rcb_mantis.jsonl is damaged: KeyError": _edit(
+    "samples_rcb_mantis.jsonl or results.json is damaged: KeyError": _edit(
         "samples_rcb_mantis.jsonl", lambda text: text.replace("doc_id", "number")
     ),
 }
@@ -374,10 +395,10 @@ DAMAGES = {
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_a_cell_without_a_whole_run_stays_blank_and_is_named(small, tmp_path, reason):
     DAMAGES[reason](small / NAME)
-    _, (excluded,) = write_paper_table(layout("table-2"), small, tmp_path / "out")
-    assert excluded.path == small / NAME
-    assert re.search(reason, excluded.reason)
-    assert f"- {small / NAME}: {excluded.reason}" in (tmp_path / "out" / "table-2.md").read_text()
+    _, (line,) = write_paper_table(layout("table-2"), small, tmp_path / "out")
+    assert line.startswith(f"{small / NAME}: ")
+    assert re.search(reason, line)
+    assert f"- {line}" in (tmp_path / "out" / "table-2.md").read_text()
     frame = numbers(measure(layout("table-2"), small))
     assert frame["measured"].isna().tolist() == [False] * 6 + [True, False, False]
 

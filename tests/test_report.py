@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -150,16 +151,22 @@ DAMAGES = {
     "failed: 0 failed samples": _change("run.json", lambda text: text.replace('"success"', '"failed"')),
     "limited to the first 8": _change("run.json", lambda text: text.replace('"limit": null', '"limit": 8')),
     "run.json is damaged": _change("run.json", lambda text: text[:50]),
-    "not a record of this package": _change("run.json", lambda text: '{"model": "llava_hf"}'),
-    "has no totals": _change("run.json", lambda text: text.replace('"totals"', '"other"')),
+    "run.json is damaged: status: Field required": _change("run.json", lambda text: '{"model": "llava_hf"}'),
+    "run.json is damaged: totals: Field required": _change(
+        "run.json", lambda text: text.replace('"totals"', '"other"')
+    ),
     "no run.json": lambda folder: (folder / "run.json").unlink(),
     "no results.json": lambda folder: (folder / "results.json").unlink(),
     "results.json is damaged": _change("results.json", lambda text: text[:30]),
     "has 0 of 200 samples": lambda folder: (folder / "samples_pope.jsonl").unlink(),
     "has 199 of 200 samples": _change("samples_pope.jsonl", lambda text: text[:-20]),
     "has 200 of 200 samples": _change("samples_pope.jsonl", lambda text: text.replace('"doc_id": 7,', '"doc_id": 8,')),
-    "KeyError 'pope_accuracy'": _change("samples_pope.jsonl", lambda text: text.replace("pope_accuracy", "accuracy")),
-    "task gqa has no entry": _change("run.json", lambda text: text.replace('["pope"', '["gqa"')),
+    "not every sample of pope has a score of its own": _change(
+        "samples_pope.jsonl", lambda text: text.replace("pope_accuracy", "accuracy")
+    ),
+    "samples_gqa.jsonl or results.json is damaged: KeyError 'gqa'": _change(
+        "run.json", lambda text: text.replace('["pope"', '["gqa"')
+    ),
 }
 
 
@@ -172,6 +179,97 @@ def test_an_unusable_run_is_left_out_by_name_and_the_others_stay(results, reason
     (left_out,) = excluded
     assert left_out.path.name == "rcb"
     assert reason in left_out.reason
+
+
+WRONG = (None, True, 3, "text", [1], {"a": 1}, [[]], {"pope": None}, {"pope": [1]})
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.json", "samples_pope.jsonl"])
+def test_values_of_every_wrong_type_leave_a_run_out_or_change_nothing(results, name):
+    path = results / "rcb" / name
+    text = path.read_text()
+    first = json.loads(text.splitlines()[0] if name.startswith("samples") else text)
+    expected = [run.path.name for run in collect(results)[0]]
+    for key, value in [(key, value) for key in [None, *first] for value in WRONG]:
+        changed = value if key is None else {**first, key: value}
+        path.write_text("\n".join([json.dumps(changed), *text.splitlines()[1:] * name.startswith("samples")]) + "\n")
+        runs, excluded = collect(results)
+        names = [run.path.name for run in runs]
+        assert names == (expected if not excluded else [other for other in expected if other != "rcb"])
+        # Other documents are refused, with the names of both runs.
+        with contextlib.suppress(UserError) if key in ("doc", "target") else contextlib.nullcontext():
+            write_tables(runs, excluded, results / "out")
+
+
+def write_host_results(folder: Path, time: str, model: str, task: str, scores: list[float], **content) -> Path:
+    """What `lmms_eval --output_path --log_samples` leaves of a task that scores by `exact_match`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        "results": {task: {"alias": task, "exact_match,none": sum(scores) / len(scores), "f1,none": 0.3}},
+        "group_subtasks": {task: []},
+        "n-samples": {task: {"original": len(scores), "effective": len(scores)}},
+        "config": {"model": model, "model_args": "pretrained=a/b,device_map=auto", "limit": None},
+    }
+    rows = [
+        {"doc_id": n, "target": "x", "doc": {"id": n}, "filtered_resps": ["x"], "exact_match": score}
+        for n, score in enumerate(scores)
+    ]
+    file = folder / f"20261101_{time}_results.json"
+    file.write_text(json.dumps(results | content))
+    (folder / f"20261101_{time}_samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_results_of_lmms_eval_share_a_table_whatever_their_task_and_model(tmp_path):
+    scores = [1.0, 0.0, 1.0, 1.0]
+    noted = {
+        "model": "llava_random",
+        "arguments": {"pretrained": "a/b", "keep": "36", "device": "None"},
+        "resolved": {"family": "llava", "pruner": {"budget": "tokens=36"}},
+        "calibrations": {},
+        "achieved": {"own": {"retained_visual_tokens": 36.0, "layer_average_visual_tokens": 36.0}},
+        "totals": {"questions_per_second": 2.0},
+    }
+    write_host_results(tmp_path / "b", "120000", "llava_hf", "own", scores)
+    write_host_results(tmp_path / "b", "130000", "llava_random", "own", [0.0, 0.0, 1.0, 0.0], rcb=noted)
+    (tmp_path / "b" / "submissions").mkdir()
+    (tmp_path / "b" / "submissions" / "own_results.json").write_text("{}")
+    runs, excluded = collect(tmp_path)
+    assert excluded == []
+    table = summary_table(runs).set_index("method")
+    assert table["own_accuracy"].to_dict() == {"llava_hf": 0.75, "random": 0.25}
+    assert (table.loc["random", "retained_tokens"], table.loc["random", "target_tokens"]) == (36, 36)
+    assert pd.isna(table.loc["llava_hf", "retained_tokens"])
+    lines = for_terminal(summary_table(runs))
+    assert "own" in lines
+    assert "exact_match" in lines
+    assert accuracy_plot(summary_table(runs), tmp_path / "plot")[0].stat().st_size > 5000
+
+
+def test_a_number_that_is_no_mean_of_samples_is_not_called_by_its_name(tmp_path):
+    scores = [1.0, 0.0, 1.0, 1.0]
+    own = {"own": {"alias": "own", "exact_match,none": 0.2}}
+    write_host_results(tmp_path, "120000", "llava_hf", "own", scores, results=own)
+    ((run,), _) = collect(tmp_path)
+    assert run.benchmarks["own"].label == "own exact_match, mean of samples,"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"config": {"model": "x", "model_args": "", "limit": 8}}, "limited to the first 8"),
+        ({"rcb": {"failures": [{}]}}, "1 failed samples"),
+        ({"config": None}, "no results of a run"),
+        ({"rcb": {"achieved": [1]}}, "achieved"),
+        ({"group_subtasks": [1]}, "group_subtasks"),
+    ],
+)
+def test_partial_and_damaged_results_of_lmms_eval_are_left_out(tmp_path, changes, reason):
+    write_host_results(tmp_path, "120000", "llava_hf", "own", [1.0, 0.0])
+    write_host_results(tmp_path, "130000", "llava_hf", "own", [1.0, 0.0], **changes)
+    ((run,), (excluded,)) = collect(tmp_path)
+    assert run.path.name == "20261101_120000_results.json"
+    assert reason in excluded.reason
 
 
 def test_answers_with_control_characters_shift_no_sample(results):
@@ -614,10 +712,12 @@ def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
 
 
 def test_the_target_counts_every_view_of_a_question():
-    from rcb_lmms.report.collect import Run
+    from rcb_lmms.report.collect import Measured
+    from rcb_lmms.report.reading import Run
 
     def run(**record):
-        return Run(Path("x"), {"resolved": {"pruner": {"budget": "tokens=16"}, "per": "view"}, **record}, {}, {})
+        content = {"resolved": {"pruner": {"budget": "tokens=16"}, "per": "view"}, **record}
+        return Measured(Run(Path("x"), content, {}), {}, {}, {})
 
     achieved = {"pope": {"views": 4.0}, "mme": {"views": 3.0}}
     assert run(calibrations={}, achieved=achieved).target == 16 * 3.5

@@ -38,12 +38,12 @@ def table(
 
 def paper_table(key: str, results: Path, out: Path) -> None:
     """Fill one of the paper's tables, print it and what was left out."""
-    from rcb_lmms.report.paper_text import left_out, write_paper_table
+    from rcb_lmms.report.paper_text import write_paper_table
     from rcb_lmms.report.published import layout
 
-    text, excluded = write_paper_table(layout(key), results, out)
+    text, blanks = write_paper_table(layout(key), results, out)
     typer.echo(text)
-    for line in left_out(excluded):
+    for line in blanks:
         typer.echo(f"left out: {line}", err=True)
     typer.echo(f"wrote {out / key}.md and its other forms")
 

@@ -84,8 +84,6 @@ def evaluate_configs(
     ] = None,
 ) -> None:
     """Run evaluations; done ones are skipped, interrupted ones continued. Exit status 1 if one failed."""
-    from rcb_lmms.report.collect import BENCHMARKS
-    from rcb_lmms.runs.configs import read_configs
     from rcb_lmms.runs.evaluate import evaluate
 
     problems = evaluate(
@@ -105,6 +103,4 @@ def evaluate_configs(
         for kind, _, number in names
         if kind in ("table", "figure") and number.isdecimal()
     ]
-    if {entry.task for entry in read_configs(configs)} & BENCHMARKS.keys():
-        tables.insert(0, f"rcb table {out}")
-    typer.echo("next: " + (", or ".join(tables) or f"read {out}/NAME/TASK/results.json; rcb table knows no such task"))
+    typer.echo("next: " + ", or ".join([f"rcb table {out}", *tables]))

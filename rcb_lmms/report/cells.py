@@ -6,25 +6,14 @@ A cell needs all its runs, whole and successful; otherwise it stays blank, and w
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import read_jsonl
-from rcb_lmms.report.collect import (
-    RECORD,
-    RESULTS,
-    Excluded,
-    Unusable,
-    check_answers,
-    read_finished,
-    read_json,
-)
-from rcb_lmms.report.published import Benchmark, Block, Layout, Row
+from rcb_lmms.report.collect import Excluded
+from rcb_lmms.report.published import Block, Column, Layout, Row
+from rcb_lmms.report.reading import RECORD, RESULTS, Run, Scores, Unusable, read_run
 from rcb_lmms.report.summary import version_notes
 from rcb_lmms.runs.configs import Entry, for_checkpoint, run_folder
 
@@ -34,44 +23,30 @@ if TYPE_CHECKING:
 # model_args that say where a model runs, not what it answers.
 PLACES = {"pretrained", "device", "dtype", "attn_implementation", "video_backend"}
 
-# What the samples of one cluster count for.
-COMBINE: dict[str | None, Callable[[list[float]], list[float]]] = {
-    None: lambda scores: scores,
-    # CircularEval: a question is right in every rotation of its options, or wrong.
-    "circular": lambda scores: [min(scores)],
-    # MME: accuracy plus the accuracy of pairs, in percent.
-    "pairs": lambda scores: [100 * sum(scores) / 2 + 100 * min(scores)] if len(scores) == 2 else [],
-}
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a column's number is the mean of, in one subtask, and the labels of what groups it, both `(n,)`."""
-
-    values: np.ndarray
-    clusters: np.ndarray
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One run.
+    """One run and what it says for a cell.
 
     Attributes:
         value: on the printed scale.
         tokens: retained visual tokens per question; `layer_average` over the decoder's layers.
-        samples: by subtask; `None` if not every sample has a score of its own.
-        digest: of the documents, so that runs over other data are never compared.
-        record: of the run.
     """
 
-    folder: Path
-    pretrained: str | None
+    run: Run
     value: float
     tokens: float
     layer_average: float
-    samples: tuple[Samples, ...] | None
-    digest: str
-    record: dict[str, Any]
+    scores: Scores
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.run.path
+
+    @property
+    def pretrained(self) -> str | None:
+        """The checkpoint."""
+        return self.run.record["arguments"].get("pretrained")
 
 
 @dataclass(frozen=True)
@@ -100,9 +75,9 @@ class Cell:
         """Per subtask, every sample's score averaged over seeds, and the clusters; `None` if samples have none."""
         import numpy as np
 
-        if any(run.samples is None for run in self.runs):
+        if not all(run.scores.parts for run in self.runs):
             return None
-        by_subtask = zip(*(run.samples for run in self.runs), strict=True)
+        by_subtask = zip(*(run.scores.parts for run in self.runs), strict=True)
         return [(np.mean([part.values for part in parts], axis=0), parts[0].clusters) for parts in by_subtask]
 
 
@@ -113,23 +88,32 @@ class PaperTable:
     Attributes:
         cells: by block title, row label and column heading.
         excluded: run folders that are there but cannot be used, with the reason.
+        absent: by block title, run folders of the paper's rows that are not there.
     """
 
     layout: Layout
     cells: dict[tuple[str, str, str], Cell]
     excluded: list[Excluded] = field(default_factory=list)
+    absent: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
     def version_notes(self) -> list[str]:
         """What the runs were made with that differs."""
-        runs = {run.folder: run.record for cell in self.cells.values() for run in cell.runs}
+        runs = {run.folder: run.run.record for cell in self.cells.values() for run in cell.runs}
         return version_notes(runs.items())
 
-    def cell(self, block: Block, row: Row, column: Benchmark) -> Cell | None:
+    @property
+    def measured_on(self) -> str:
+        """What the measured numbers are called: they say it where they are those of the laboratory's models."""
+        checkpoints = {str(run.pretrained) for cell in self.cells.values() for run in cell.runs}
+        known = checkpoints and all(name.partition(":")[0] == "lab" for name in checkpoints)
+        return "laboratory model" if known else "here"
+
+    def cell(self, block: Block, row: Row, column: Column) -> Cell | None:
         """A measured cell."""
         return self.cells.get((block.title, row.label, column.heading))
 
-    def reference(self, block: Block, column: Benchmark) -> Cell | None:
+    def reference(self, block: Block, column: Column) -> Cell | None:
         """What the block's cells of a column are relative to, if it is another row."""
         return self.cells.get((block.title, "", column.heading))
 
@@ -147,14 +131,15 @@ def measure(layout: Layout, results: Path) -> PaperTable:
             allowed="a results folder of `rcb eval`",
             next_step="rcb eval " + next(block.config for block in layout.blocks if block.config),
         )
-    cells, excluded = {}, {}
+    cells, excluded, absent = {}, {}, {}
 
     @functools.cache
-    def read(entries: tuple[Entry, ...], column: Benchmark) -> Cell | None:
+    def read(entries: tuple[Entry, ...], column: Column) -> Cell | None:
         runs = [_read_or_exclude(Path(results), entry, column, excluded) for entry in entries]
         return Cell(tuple(runs)) if all(runs) else None
 
     for block in layout.blocks:
+        absent[block.title] = _absent(Path(results), layout, block)
         for column in layout.columns:
             rows = {row.label: row for row in block.rows}
             if block.reference is not None:
@@ -164,7 +149,14 @@ def measure(layout: Layout, results: Path) -> PaperTable:
             if block.reference is not None:
                 _check_comparable(block, [run for cell in found.values() for run in cell.runs])
             cells |= {(block.title, label, column.heading): cell for label, cell in found.items()}
-    return PaperTable(layout, cells, list(excluded.values()))
+    return PaperTable(layout, cells, list(excluded.values()), absent)
+
+
+def _absent(results: Path, layout: Layout, block: Block) -> list[Path]:
+    rows = [row for row in (layout.reference(block, block.rows[0]), *block.rows) if not row.control]
+    columns = [column for column in layout.columns if column.printed]
+    folders = [run_folder(results, entry) for row in rows for column in columns for entry in row.entries(column)]
+    return [path for path in dict.fromkeys(folders) if not any((path / name).exists() for name in (RECORD, RESULTS))]
 
 
 def _check_comparable(block: Block, runs: list[Measured]) -> None:
@@ -172,7 +164,7 @@ def _check_comparable(block: Block, runs: list[Measured]) -> None:
         first = runs[0]
         kinds = {
             "different checkpoints": lambda run: run.pretrained,
-            "different samples": lambda run: run.digest,
+            "different samples": lambda run: run.scores.documents,
         }
         for found, of in kinds.items():
             if of(run) != of(first):
@@ -184,7 +176,7 @@ def _check_comparable(block: Block, runs: list[Measured]) -> None:
                 )
 
 
-def _read_or_exclude(results: Path, entry: Entry, column: Benchmark, excluded: dict[Path, Excluded]) -> Measured | None:
+def _read_or_exclude(results: Path, entry: Entry, column: Column, excluded: dict[Path, Excluded]) -> Measured | None:
     folder = run_folder(results, entry)
     if not any((folder / name).exists() for name in (RECORD, RESULTS)):
         return None
@@ -195,30 +187,19 @@ def _read_or_exclude(results: Path, entry: Entry, column: Benchmark, excluded: d
         return None
 
 
-def _read(folder: Path, entry: Entry, column: Benchmark) -> Measured:
-    record = read_finished(folder)
-    _check_entry(record, entry)
-    results = read_json(folder / RESULTS)
-    try:
-        subtasks = results.get("group_subtasks", {}).get(column.task) or [column.task]
-        own = {**results["results"], **results.get("groups", {})}[column.task]
-        value = next((own[key] for key in own if key.partition(",")[0] == column.metric), None)
-        achieved = [record["achieved"][task] for task in subtasks]
-        quantities = ("retained_visual_tokens", "layer_average_visual_tokens")
-        tokens, average = (sum(float(task[name]) for task in achieved) / len(achieved) for name in quantities)
-        sizes = [results["n-samples"][task]["original"] for task in subtasks]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Unusable(f"{RECORD} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
-    if not isinstance(value, (int, float)):
+def _read(folder: Path, entry: Entry, column: Column) -> Measured:
+    run = read_run(folder)
+    _check_entry(run.record, entry)
+    tokens, average = (
+        run.achieved(column.task, name) for name in ("retained_visual_tokens", "layer_average_visual_tokens")
+    )
+    if tokens is None or average is None:
+        raise Unusable(f"{RECORD} has no tokens of {column.task}")
+    if (value := run.value(column.task, column.metric)) is None:
         later = "; rcb captions adds it to the samples" if column.metric.endswith("_spice") else ""
         raise Unusable(f"{RESULTS} has no number for {column.metric}{later}")
-    digest, samples = hashlib.sha256(), []
-    for task, size in zip(subtasks, sizes, strict=True):
-        check = functools.partial(check_answers, record, task)
-        samples += _samples(folder / f"samples_{task}.jsonl", size, column, digest, check)
-    pretrained = record["arguments"].get("pretrained")
-    known = None if None in samples else tuple(samples)
-    return Measured(folder, pretrained, value * column.scale, tokens, average, known, digest.hexdigest(), record)
+    scores = run.scores(column.task, (column.metric,), combine=column.combine)
+    return Measured(run, value * column.scale, tokens, average, scores)
 
 
 def _check_entry(record: dict[str, Any], entry: Entry) -> None:
@@ -233,36 +214,3 @@ def _check_entry(record: dict[str, Any], entry: Entry) -> None:
     ]
     if differing:
         raise Unusable(f"{RECORD} is of another run: " + ", ".join(differing))
-
-
-def _samples(
-    path: Path, expected: int, column: Benchmark, digest: Any, check: Callable[[list[dict[str, Any]]], None]
-) -> list[Samples | None]:
-    """Samples of one task, MME's by subtask; a `None` if some have no score."""
-    import numpy as np
-
-    try:
-        rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
-        if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
-            raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
-        check(rows)
-        parts: dict[str, dict[str, list[float | None]]] = {}
-        for row in rows:
-            digest.update(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True).encode())
-            if (own := row.get(column.metric)) is not None:
-                own = own if isinstance(own, dict) else {"score": own}
-                part = own["category"] if column.combine == "pairs" else ""
-                # Without a label, a sample stands for itself.
-                label = str(row["doc_id"] if own.get("cluster") is None else own["cluster"])
-                parts.setdefault(part, {}).setdefault(label, []).append(own.get("score"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unusable(f"{path.name} is damaged: {type(error).__name__} {error}") from error
-    if not parts or any(None in scores for clusters in parts.values() for scores in clusters.values()):
-        return [None]
-    found = []
-    for clusters in parts.values():
-        combined = {label: COMBINE[column.combine](scores) for label, scores in clusters.items()}
-        labels = [label for label, values in combined.items() for _ in values]
-        values = [value for values in combined.values() for value in values]
-        found.append(Samples(np.array(values, dtype=float), np.array(labels)))
-    return found

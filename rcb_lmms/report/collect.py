@@ -1,20 +1,15 @@
-"""Stored runs, read back: whole ones as `Run`, all others named with the reason they are left out."""
+"""The runs below a folder for a table of them: whole ones as `Measured`, all others named with the reason."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.files import answers_hash, read_jsonl
+from rcb_lmms.report.reading import HOST_RESULTS, RECORD, RESULTS, Run, Scores, Unusable, mean_of, read_run
 
-if TYPE_CHECKING:
-    import numpy as np
-
-RECORD, RESULTS = "run.json", "results.json"
 BUDGETS = ("keep", "ratio", "threshold", "match")
 
 
@@ -25,80 +20,80 @@ class Benchmark:
     Attributes:
         label: the task in headings.
         metrics: keys of a sample row, of which the first present holds the sample's score.
-        cluster: what groups samples that are not independent: the image, for questions about one image.
+        cluster: what of the document groups samples that are not independent: the image, for questions about one
+            image. `None` takes what the score says, as this package's own tasks do.
+        combine: how the scores of one cluster count, see `COMBINE` in `reading.py`.
         chance: accuracy of guessing, where it is one number.
-        official: key in the results of the score the paper reports, where that is not the mean of the samples.
+        official: metric whose number the paper reports, where that is not the mean of the samples.
         official_label: its name in headings.
+        unit: what brings a score to the numbers shown: 100 for shares, which are shown in percent.
     """
 
     label: str
     metrics: tuple[str, ...]
-    cluster: Callable[[dict[str, Any]], object]
-    chance: float | None
+    cluster: str | None = None
+    combine: str | None = None
+    chance: float | None = None
     official: str | None = None
     official_label: str = ""
+    unit: int = 100
 
-
-def _cluster(row: dict[str, Any]) -> object:
-    """What this package's own tasks say of a sample: what it shares with others, or else itself."""
-    scored = next(value for key, value in row.items() if key.startswith("rcb_") and isinstance(value, dict))
-    return row["doc_id"] if scored.get("cluster") is None else scored["cluster"]
+    @property
+    def heading(self) -> str:
+        """Of the column of its scores."""
+        return f"{self.label} accuracy, %" if self.unit == 100 else self.label
 
 
 BENCHMARKS = {
-    "pope": Benchmark("POPE", ("pope_accuracy",), lambda row: row["doc"]["image_source"], chance=0.5),
+    "pope": Benchmark("POPE", ("pope_accuracy",), "image_source", chance=0.5),
     "mme": Benchmark(
         "MME",
         ("mme_perception_score", "mme_cognition_score"),
-        lambda row: row["doc"]["question_id"],
+        "question_id",
         chance=0.5,
-        official="mme_perception_score,none",
+        official="mme_perception_score",
         official_label="MME perception",
     ),
-    "rcb_pope": Benchmark("POPE (paper)", ("rcb_pope_accuracy",), _cluster, chance=0.5),
+    "rcb_pope": Benchmark("POPE (paper)", ("rcb_pope_accuracy",), chance=0.5),
     "rcb_mme": Benchmark(
         "MME (paper)",
         ("rcb_mme_perception", "rcb_mme_cognition"),
-        _cluster,
         chance=0.5,
-        official="rcb_mme_perception,none",
+        official="rcb_mme_perception",
         official_label="MME perception (paper)",
     ),
-    "rcb_seed_image": Benchmark("SEED-Image", ("rcb_seed_accuracy",), _cluster, chance=0.25),
-    "rcb_realworldqa": Benchmark("RealWorldQA", ("rcb_realworldqa_accuracy",), _cluster, chance=None),
-    "rcb_mantis": Benchmark("Mantis", ("rcb_mantis_accuracy",), _cluster, chance=None),
-    "rcb_muirbench": Benchmark("MuirBench", ("rcb_muirbench_accuracy",), _cluster, chance=None),
+    "rcb_mmbench_en_dev": Benchmark("MMBench CircularEval", ("rcb_mmbench_circular",), combine="circular"),
+    "rcb_seed_image": Benchmark("SEED-Image", ("rcb_seed_accuracy",), chance=0.25),
+    "rcb_realworldqa": Benchmark("RealWorldQA", ("rcb_realworldqa_accuracy",)),
+    "rcb_mantis": Benchmark("Mantis", ("rcb_mantis_accuracy",)),
+    "rcb_muirbench": Benchmark("MuirBench", ("rcb_muirbench_accuracy",)),
+    "rcb_mvbench": Benchmark("MVBench", ("rcb_mvbench_accuracy",)),
 }
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A task's samples, sorted by document number; all three are `(n,)`.
+class Measured:
+    """A run with its scores, the official ones too, and how they are shown, each by task."""
 
-    Attributes:
-        values: score of each sample, 0 to 1.
-        clusters: label of each sample's image.
-        samples: names each sample by its content, so that runs over different data are never compared.
-    """
-
-    values: np.ndarray
-    clusters: np.ndarray
-    samples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A complete run: its folder, its record, its scores by task, and the official score of tasks that have one."""
-
-    path: Path
-    record: dict[str, Any]
+    run: Run
     scores: dict[str, Scores]
     official: dict[str, float]
+    benchmarks: dict[str, Benchmark]
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, or its results file."""
+        return self.run.path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What this package noted of the run."""
+        return self.run.record
 
     @property
     def method(self) -> str:
-        """Registry key of the method."""
-        name = self.record["model"].removeprefix(self.record["resolved"]["family"] + "_")
+        """Registry key of the method; the model's name for a model of another package."""
+        name = self.record["model"].removeprefix(f"{self.record['resolved'].get('family', '')}_")
         return "none" if name == "full" else name
 
     @property
@@ -115,13 +110,13 @@ class Run:
     def target(self) -> float | None:
         """Retained visual tokens per question that were asked for, averaged over the tasks; `None` if unpruned."""
         if self.record["calibrations"]:
-            return _mean(
+            return mean_of(
                 calibration["target"] * self._shares(task) for task, calibration in self.record["calibrations"].items()
             )
-        kind, _, value = str(self.record["resolved"]["pruner"].get("budget")).partition("=")
+        kind, _, value = str(self.record["resolved"].get("pruner", {}).get("budget")).partition("=")
         if kind == "ratio" and (native := self.mean("native_visual_tokens")) is not None:
             return float(value) * native
-        shares = _mean(map(self._shares, self.record["achieved"])) or 1
+        shares = mean_of(map(self._shares, self.record["achieved"])) or 1
         return float(value) * shares if kind == "tokens" else None
 
     def _shares(self, task: str) -> float:
@@ -131,7 +126,7 @@ class Run:
 
     def mean(self, quantity: str) -> float | None:
         """An achieved quantity, averaged over the tasks."""
-        return _mean(achieved[quantity] for achieved in self.record["achieved"].values())
+        return mean_of(achieved.get(quantity) for achieved in self.record["achieved"].values())
 
 
 @dataclass(frozen=True)
@@ -142,40 +137,41 @@ class Excluded:
     reason: str
 
 
-def collect(results: Path) -> tuple[list[Run], list[Excluded]]:
+def collect(results: Path) -> tuple[list[Measured], list[Excluded]]:
     """Every run below a folder, by path: whole ones, and those that are left out (damaged, foreign, partial, failed).
 
     Raises:
         UserError: there is no such folder, or no whole run in it.
     """
     results = Path(results)
-    folders = sorted({path.parent for name in (RECORD, RESULTS) for path in results.rglob(name)})
-    if not folders:
+    folders = {path.parent for name in (RECORD, RESULTS) for path in results.rglob(name)}
+    files = {path for path in results.rglob(f"[0-9]*_[0-9]*{HOST_RESULTS}") if path.parent not in folders}
+    if not (places := sorted(folders | files)):
         raise UserError(
             wanted=f"runs below {results}",
-            found="no folder with a run record" if results.is_dir() else "no such folder",
-            allowed=f"a folder of runs, each with its {RECORD}",
+            found="no folder with a run record, no results of lmms_eval" if results.is_dir() else "no such folder",
+            allowed=f"a folder of runs, each with its {RECORD}, or the --output_path of lmms_eval --log_samples",
             next_step="rcb eval, or rcb quickstart",
         )
     runs, excluded = [], []
-    for folder in folders:
+    for place in places:
         try:
-            runs.append(_read(folder))
+            runs.append(_measured(read_run(place)))
         except Unusable as error:
-            excluded.append(Excluded(folder, str(error)))
+            excluded.append(Excluded(place, str(error)))
     if not runs:
         raise UserError(
             wanted=f"a table of the runs below {results}",
             found=f"none that can be used; the first: {excluded[0].path}: {excluded[0].reason}",
-            allowed="whole runs of the tasks " + ", ".join(BENCHMARKS),
+            allowed="whole runs of tasks that score every sample, with their samples (--log_samples)",
             next_step="run them again, or rcb table --paper for the tasks of the paper's tables",
         )
     return _joined(runs), excluded
 
 
-def _joined(runs: list[Run]) -> list[Run]:
+def _joined(runs: list[Measured]) -> list[Measured]:
     """Runs beside each other that differ in nothing but their tasks, as `rcb eval` leaves them, as one run each."""
-    alike: dict[tuple, list[Run]] = {}
+    alike: dict[tuple, list[Measured]] = {}
     for run in runs:
         alike.setdefault((run.path.parent, run.setting, run.arguments.get("seed")), []).append(run)
     joined = []
@@ -185,8 +181,8 @@ def _joined(runs: list[Run]) -> list[Run]:
     return joined
 
 
-def _join(place: Path, parts: list[Run]) -> Run:
-    def union(of_part: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+def _join(place: Path, parts: list[Measured]) -> Measured:
+    def union(of_part: Callable[[Measured], dict[str, Any]]) -> dict[str, Any]:
         return {name: value for part in parts for name, value in of_part(part).items()}
 
     totals = [part.record["totals"] for part in parts]
@@ -197,96 +193,47 @@ def _join(place: Path, parts: list[Run]) -> Run:
         "achieved": union(lambda part: part.record["achieved"]),
         "totals": {"questions_per_second": sum(number for number, _ in speeds) / seconds} if seconds else {},
     }
-    return Run(place, record, union(lambda part: part.scores), union(lambda part: part.official))
+    return Measured(
+        replace(parts[0].run, path=place if parts[0].path.is_dir() else parts[0].path, record=record),
+        union(lambda part: part.scores),
+        union(lambda part: part.official),
+        union(lambda part: part.benchmarks),
+    )
 
 
-class Unusable(Exception):
-    """Why a folder or a file is in no table."""
-
-
-def _read(folder: Path) -> Run:
-    record = read_finished(folder)
-    results = read_json(folder / RESULTS)
-    scores = {task: _read_scores(folder, task, results, record) for task in record["tasks"]}
-    official = {
-        task: value
-        for task in scores
-        if (key := BENCHMARKS[task].official) and (value := results["results"][task].get(key)) is not None
-    }
-    return Run(folder, record, scores, official)
-
-
-def read_finished(folder: Path) -> dict[str, Any]:
-    """The record of a whole run.
+def _measured(run: Run) -> Measured:
+    """A run with its scores.
 
     Raises:
-        Unusable: a run that is foreign, damaged, not finished, failed or partial.
+        Unusable: samples that are damaged, or a task that does not score every sample.
     """
-    record = read_json(folder / RECORD)
-    if not isinstance(record, dict) or not {"status", "model", "arguments", "tasks"} <= set(record):
-        raise Unusable(f"{RECORD} is not a record of this package")
-    if record["status"] != "success":
-        reason = record.get("error") or f"{len(record.get('failures', []))} failed samples"
-        raise Unusable("not finished" if record["status"] == "started" else f"failed: {reason}")
-    if record.get("limit") is not None:
-        raise Unusable(f"limited to the first {record['limit']} samples of each task")
-    missing = sorted({"resolved", "achieved", "calibrations", "totals"} - set(record))
-    if missing:
-        raise Unusable(f"{RECORD} has no {', '.join(missing)}")
-    return record
+    benchmarks, scores, official = {}, {}, {}
+    for task in run.record["tasks"]:
+        benchmark = BENCHMARKS.get(task) or _other(run, task)
+        scores[task] = run.scores(task, benchmark.metrics, combine=benchmark.combine, cluster=benchmark.cluster)
+        whole = benchmark.combine is not None or len(scores[task]) == run.count(task)
+        if not scores[task].parts or not whole:
+            raise Unusable(f"not every sample of {task} has a score of its own")
+        values = scores[task].values
+        if not 0 <= values.min() <= values.max() <= 1:
+            benchmark = replace(benchmark, unit=1)
+        if benchmark.official and (value := run.value(task, benchmark.official)) is not None:
+            official[task] = value
+        benchmarks[task] = benchmark
+    return Measured(run, scores, official, benchmarks)
 
 
-def _read_scores(folder: Path, task: str, results: dict[str, Any], record: dict[str, Any]) -> Scores:
-    import numpy as np
-
-    if task not in BENCHMARKS:
-        raise Unusable(f"task {task} has no entry in BENCHMARKS, which says how its samples are read")
-    path = folder / f"samples_{task}.jsonl"
-    try:
-        rows = sorted(read_jsonl(path), key=lambda row: row["doc_id"])
-        values = np.array([_score(row, BENCHMARKS[task]) for row in rows])
-        clusters = np.array([str(BENCHMARKS[task].cluster(row)) for row in rows])
-        expected = results["n-samples"][task]["original"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unusable(f"{path.name} or {RESULTS} is damaged: {type(error).__name__} {error}") from error
-    if len(rows) != expected or len({row["doc_id"] for row in rows}) != expected:
-        raise Unusable(f"{path.name} has {len(rows)} of {expected} samples")
-    check_answers(record, task, rows)
-    # lmms-eval's own doc_hash covers the address of the image in memory, so it differs from run to run.
-    samples = tuple(json.dumps([row["doc_id"], row["target"], row["doc"]], sort_keys=True) for row in rows)
-    return Scores(values, clusters, samples)
+def _other(run: Run, task: str) -> Benchmark:
+    """A task that this package does not know, by the first of its metrics that scores every sample."""
+    rows = [row for part in run.parts(task) for row in run.rows(part)]
+    for metric in dict.fromkeys(key.partition(",")[0] for part in run.parts(task) for key in run.metrics(part)):
+        scores = [row[metric]["score"] if _has_score(row.get(metric)) else row.get(metric) for row in rows]
+        if rows and all(isinstance(score, (int, float)) for score in scores):
+            mean, value = sum(scores) / len(scores), run.value(task, metric)
+            is_mean = value is None or any(abs(unit * mean - value) <= 0.01 * unit for unit in (1, 100))
+            return Benchmark(f"{task} {metric}" + ("" if is_mean else ", mean of samples,"), (metric,))
+    raise Unusable(f"no metric of task {task} scores every sample")
 
 
-def check_answers(record: dict[str, Any], task: str, rows: list[dict[str, Any]]) -> None:
-    """Hold samples against the record of the run that made them; records of earlier versions say nothing of them.
-
-    Raises:
-        Unusable: the samples are another run's.
-    """
-    known = record.get("answers")
-    if isinstance(known, dict) and task in known and known[task] != answers_hash(rows):
-        raise Unusable(f"samples_{task}.jsonl holds other answers than those of the run in {RECORD}")
-
-
-def _score(row: dict[str, Any], benchmark: Benchmark) -> float:
-    metric = next((metric for metric in benchmark.metrics if metric in row), benchmark.metrics[0])
-    return float(row[metric]["score"])
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        Unusable: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Unusable(f"no {path.name}") from error
-    except ValueError as error:
-        raise Unusable(f"{path.name} is damaged: {error}") from error
-
-
-def _mean(values) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def _has_score(value: Any) -> bool:
+    return isinstance(value, dict) and "score" in value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.report.cells import Cell, PaperTable
-from rcb_lmms.report.published import Benchmark, Block, Layout, Row, layouts
+from rcb_lmms.report.published import Block, Column, Layout, Row, layouts
 from rcb_lmms.report.statistics import mean_interval, paired_p
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def numbers(table: PaperTable) -> pd.DataFrame:
     return frame.astype({name: float for name in frame.columns.difference(texts)})
 
 
-def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Benchmark) -> dict[str, Any]:
+def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Column) -> dict[str, Any]:
     cell, printed = table.cell(block, row, column), row.published.get(column.heading)
     whole = table.reference(block, column) if block.reference else cell
     printed_whole = table.layout.reference(block, row).published.get(column.heading)
@@ -114,7 +114,7 @@ def comparisons(table: PaperTable) -> pd.DataFrame:
     )
 
 
-def _others(table: PaperTable, block: Block, row: Row, column: Benchmark) -> Iterator[tuple[str, Cell | None]]:
+def _others(table: PaperTable, block: Block, row: Row, column: Column) -> Iterator[tuple[str, Cell | None]]:
     yield "unpruned", table.reference(block, column)
     first = next(other for other in block.rows if other.method == "rcb")
     for other in block.rows:
@@ -124,7 +124,7 @@ def _others(table: PaperTable, block: Block, row: Row, column: Benchmark) -> Ite
             yield other.label, table.cell(block, other, column)
 
 
-def _compared(column: Benchmark, cell: Cell | None, other: Cell | None) -> dict[str, float] | None:
+def _compared(column: Column, cell: Cell | None, other: Cell | None) -> dict[str, float] | None:
     import numpy as np
 
     if cell is None or other is None or (mine := cell.scores()) is None or (theirs := other.scores()) is None:

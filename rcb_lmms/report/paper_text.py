@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.report.cells import measure
+from rcb_lmms.report.cells import PaperTable, measure
 from rcb_lmms.report.collect import Excluded
 from rcb_lmms.report.paper import comparisons, numbers
 from rcb_lmms.report.published import Layout
@@ -29,8 +29,14 @@ whole images), on the same samples; random averaged over its seeds, sample by sa
 LATEX = {"×": r"$\times$", "±": r"$\pm$", "τ": r"$\tau$"}
 
 
-def readable(layout: Layout, frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of `numbers` as text in the paper's layout; what it does not have is left out if not measured."""
+def readable(layout: Layout, frame: pd.DataFrame, measured_on: str = "here") -> pd.DataFrame:
+    """A table of `numbers` as text in the paper's layout; what it does not have is left out if not measured.
+
+    Args:
+        layout: of the table.
+        frame: its numbers.
+        measured_on: what the measured lines are called.
+    """
     import pandas as pd
 
     headings = list(layout.averages)
@@ -47,8 +53,8 @@ def readable(layout: Layout, frame: pd.DataFrame) -> pd.DataFrame:
             if own["control"].all() and not measured:
                 continue
             if not own["control"].all():
-                lines.append(_line(layout, label, "paper", cells))
-            lines.append(_line(layout, label if own["control"].all() else "", "here", cells))
+                lines.append(_line(layout, label, "paper", "published", cells))
+            lines.append(_line(layout, label if own["control"].all() else "", measured_on, "measured", cells))
     return pd.DataFrame(lines, columns=["method", "", "tokens", *headings]).fillna("")
 
 
@@ -58,8 +64,7 @@ def _printed(layout: Layout) -> set[str]:
     return averages | {column.heading for column in layout.columns if column.printed}
 
 
-def _line(layout: Layout, label: str, source: str, cells: dict[str, Any]) -> dict[str, str]:
-    kind = {"paper": "published", "here": "measured"}[source]
+def _line(layout: Layout, label: str, source: str, kind: str, cells: dict[str, Any]) -> dict[str, str]:
     texts = {heading: _text(cell, kind, heading in layout.averages) for heading, cell in cells.items()}
     tokens = _tokens([cells[column.heading] for column in layout.columns if column.printed], kind)
     return {"method": label, "": source, "tokens": tokens, **texts}
@@ -105,35 +110,46 @@ def readable_comparisons(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, list[Excluded]]:
+def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, list[str]]:
     """Write `KEY.md`, `.tex`, `.csv` and `KEY_comparisons.csv` to `out`, for a figure also `.png` and `.svg`.
 
     Returns:
-        The table as plain text, and the run folders that are there but could not be used.
+        The table as plain text, and why cells of it are blank.
 
     Raises:
         UserError: no such results, runs that cannot be compared, or a folder that cannot be written.
     """
     table = measure(layout, results)
     frame, compared = numbers(table), comparisons(table)
-    text = readable(layout, frame)
-    parts = [f"# {layout.title}", _tabulated(text, "pipe"), LEGEND]
+    text = readable(layout, frame, table.measured_on)
+    laboratory = ", beside the laboratory model" if table.measured_on != "here" else ""
+    parts = [f"# {layout.title}{laboratory}", _tabulated(text, "pipe"), LEGEND]
     if len(compared):
         parts += [_tabulated(readable_comparisons(compared), "pipe"), COMPARED]
     parts += table.version_notes
-    if table.excluded:
-        parts += ["Left out:", "\n".join(f"- {line}" for line in left_out(table.excluded))]
+    if blanks := blank(table):
+        parts += ["Left out:", "\n".join(f"- {line}" for line in blanks)]
     contents: dict[str, str | bytes] = {
         ".md": "\n\n".join(parts) + "\n",
         ".tex": _latex(text),
         ".csv": frame.to_csv(index=False, lineterminator="\n"),
         "_comparisons.csv": compared.to_csv(index=False, lineterminator="\n"),
     }
-    if layout.native is not None:
-        contents |= figure(layout, frame)
+    if layout.native is not None and frame["measured"].notna().any():
+        contents |= figure(layout, frame, table.measured_on)
     for ending, content in contents.items():
         write_atomic(out / f"{layout.key}{ending}", content)
-    return _tabulated(text, "simple"), table.excluded
+    return _tabulated(text, "simple"), blanks
+
+
+def blank(table: PaperTable) -> list[str]:
+    """Why cells are blank: run folders that cannot be used, a line for each reason, and runs that are not there."""
+    lines = left_out(table.excluded)
+    for block in table.layout.blocks:
+        if absent := table.absent.get(block.title):
+            needed = f"rcb eval {block.config}" if block.config else "the unpruned model of a block below"
+            lines.append(f"{block.title}: {len(absent)} runs are not there, {absent[0].parent.name} first ({needed})")
+    return lines
 
 
 def left_out(excluded: list[Excluded]) -> list[str]:
@@ -160,7 +176,7 @@ def _latex(frame: pd.DataFrame) -> str:
     return text + "\n"
 
 
-def figure(layout: Layout, frame: pd.DataFrame) -> dict[str, bytes]:
+def figure(layout: Layout, frame: pd.DataFrame, measured_on: str) -> dict[str, bytes]:
     """The average of a sweep over the share of removed tokens, as `.png` and `.svg`; equal numbers give equal SVG.
 
     Lines are measured, hollow markers printed.
@@ -172,7 +188,7 @@ def figure(layout: Layout, frame: pd.DataFrame) -> dict[str, bytes]:
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
         drawn = Figure(figsize=(6, 4.2), layout="constrained")
-        _draw(drawn.subplots(), layout, frame[frame["column"] == average])
+        _draw(drawn.subplots(), layout, frame[frame["column"] == average], measured_on)
         for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
             buffer = io.BytesIO()
             drawn.savefig(buffer, format=ending[1:], **options)
@@ -180,7 +196,7 @@ def figure(layout: Layout, frame: pd.DataFrame) -> dict[str, bytes]:
     return files
 
 
-def _draw(axes: Any, layout: Layout, frame: pd.DataFrame) -> None:
+def _draw(axes: Any, layout: Layout, frame: pd.DataFrame, measured_on: str) -> None:
     from rcb_lmms.report.plots import STYLES
 
     (block,) = layout.blocks
@@ -193,13 +209,13 @@ def _draw(axes: Any, layout: Layout, frame: pd.DataFrame) -> None:
         measured, printed = (
             values.loc[[row.label for row in rows], name].astype(float) for name in ("measured", "published")
         )
-        axes.plot(removed, measured, color=colour, marker=marker, linewidth=1.4, label=f"{label}, here")
+        axes.plot(removed, measured, color=colour, marker=marker, linewidth=1.4, label=f"{label}, {measured_on}")
         hollow = {"color": colour, "marker": marker, "linestyle": "none", "markerfacecolor": "none", "markersize": 10}
         axes.plot(removed, printed, label=f"{label}, paper (Table 1)", **hollow)
     axes.axhline(100, color="black", linewidth=1, linestyle=":")
     axes.set_xlabel("visual tokens removed, %")
     axes.set_ylabel("average of five VQA benchmarks,\n% of the unpruned model")
-    axes.set_title(layout.blocks[0].title)
+    axes.set_title(block.title if measured_on == "here" else f"{measured_on}, beside {block.title} in the paper")
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.pruners import PRUNERS
-from rcb_lmms.report.collect import BENCHMARKS
+from rcb_lmms.report.collect import Benchmark
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +34,9 @@ def accuracy_plot(table: pd.DataFrame, out: Path) -> list[Path]:
     """
     import matplotlib
 
-    tasks = [task for task in BENCHMARKS if f"{task}_accuracy" in table]
     written = []
     with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
-        figure = _figure(table, tasks)
+        figure = _figure(table, table.attrs["benchmarks"])
         for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending[1:], **options)
@@ -45,13 +44,13 @@ def accuracy_plot(table: pd.DataFrame, out: Path) -> list[Path]:
     return written
 
 
-def _figure(table: pd.DataFrame, tasks: Sequence[str]) -> Any:
+def _figure(table: pd.DataFrame, benchmarks: Mapping[str, Benchmark]) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 + 4.2 * len(tasks), 4.1), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=True):
-        _panel(panel, table.dropna(subset=[f"{task}_accuracy"]), task)
+    figure = Figure(figsize=(1.2 + 4.2 * len(benchmarks), 4.1), layout="constrained")
+    panels = figure.subplots(1, len(benchmarks), squeeze=False)[0]
+    for panel, (task, benchmark) in zip(panels, benchmarks.items(), strict=True):
+        _panel(panel, table.dropna(subset=[f"{task}_accuracy"]), task, benchmark)
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     if table["pretrained"].astype(str).str.partition(":")[0].eq("lab").all():
         figure.suptitle("laboratory model")
@@ -61,15 +60,14 @@ def _figure(table: pd.DataFrame, tasks: Sequence[str]) -> Any:
     return figure
 
 
-def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
-    benchmark = BENCHMARKS[task]
+def _panel(panel: Any, table: pd.DataFrame, task: str, benchmark: Benchmark) -> None:
     pruned = table[table["method"] != "none"]
     names = list(dict.fromkeys((row.method, row.options) for row in pruned.itertuples()))
     others = iter(_OTHER_STYLES * len(names))
     for method, options in names:
         chosen = pruned[(pruned["method"] == method) & (pruned["options"] == options)]
         chosen = chosen.sort_values("layer_average_tokens")
-        mean, low, high = (100 * chosen[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
+        mean, low, high = (benchmark.unit * chosen[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
         label = PRUNERS[method].label if method in PRUNERS else method
         colour, marker = STYLES[method] if method in STYLES and not options else next(others)
         panel.errorbar(
@@ -85,15 +83,15 @@ def _panel(panel: Any, table: pd.DataFrame, task: str) -> None:
             label=f"{label} ({options})" if options else label,
         )
     for row in table[table["method"] == "none"].itertuples():
-        mean, low, high = (100 * getattr(row, f"{task}_{name}") for name in ("accuracy", "low", "high"))
+        mean, low, high = (benchmark.unit * getattr(row, f"{task}_{name}") for name in ("accuracy", "low", "high"))
         panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0, label="unpruned, 95% interval")
         panel.axhline(mean, color="black", linewidth=1.2, label=f"unpruned ({getattr(row, f'{task}_retained'):.0f})")
     if benchmark.chance is not None:
         panel.axhline(100 * benchmark.chance, color="black", linestyle=":", linewidth=1.2, label="chance")
-    _axes(panel, pruned, task)
+    _axes(panel, pruned, benchmark)
 
 
-def _axes(panel: Any, pruned: pd.DataFrame, task: str) -> None:
+def _axes(panel: Any, pruned: pd.DataFrame, benchmark: Benchmark) -> None:
     from matplotlib.ticker import NullLocator
 
     ticks = sorted({round(tokens) for tokens in pruned["layer_average_tokens"].dropna()})
@@ -102,9 +100,9 @@ def _axes(panel: Any, pruned: pd.DataFrame, task: str) -> None:
     panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     if ticks:
         panel.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
-    panel.set_title(BENCHMARKS[task].label)
+    panel.set_title(benchmark.label)
     panel.set_xlabel("visual tokens per decoder layer (log scale)")
-    panel.set_ylabel("accuracy, % (95% interval)")
+    panel.set_ylabel("accuracy, % (95% interval)" if benchmark.unit == 100 else "score (95% interval)")
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

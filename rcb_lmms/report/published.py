@@ -20,7 +20,7 @@ SEEDS = (42, 0, 1234)
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Column:
     """A column: its heading as printed, our task and metric, what brings it to the printed scale.
 
     Attributes:
@@ -74,7 +74,7 @@ class Row:
         """The last part of the model id, with `full` for the unpruned model."""
         return self.model.removeprefix("llava_").removeprefix("next_").removeprefix("onevision_")
 
-    def entries(self, benchmark: Benchmark) -> list[Entry]:
+    def entries(self, benchmark: Column) -> list[Entry]:
         """The runs behind one cell: one, or one per seed."""
         arguments = self.arguments | self.exceptions.get(benchmark.heading, {})
         name = entry_name(self.model, arguments, self.codebook)
@@ -87,7 +87,7 @@ class Row:
             for seed in SEEDS
         ]
 
-    def name(self, benchmark: Benchmark) -> str:
+    def name(self, benchmark: Column) -> str:
         """Of the runs behind one cell, their seed apart."""
         return self.entries(benchmark)[0].name.partition("_seed-")[0]
 
@@ -109,8 +109,8 @@ class Layout:
 
     key: str
     title: str
-    columns: tuple[Benchmark, ...]
-    averages: dict[str, tuple[Benchmark, ...]]
+    columns: tuple[Column, ...]
+    averages: dict[str, tuple[Column, ...]]
     blocks: tuple[Block, ...]
     only_averages: bool = False
     native: int | None = None
@@ -147,7 +147,7 @@ def layouts() -> dict[str, Layout]:
     import yaml
 
     data = yaml.safe_load(DATA.read_text(encoding="utf-8"))
-    columns = {heading: Benchmark(heading, **own) for heading, own in data["benchmarks"].items()}
+    columns = {heading: Column(heading, **own) for heading, own in data["benchmarks"].items()}
     return {key: _layout(key, description, columns) for key, description in data["layouts"].items()}
 
 
@@ -167,7 +167,7 @@ def layout(key: str) -> Layout:
     return layouts()[key]
 
 
-def _layout(key: str, description: dict[str, Any], known: dict[str, Benchmark]) -> Layout:
+def _layout(key: str, description: dict[str, Any], known: dict[str, Column]) -> Layout:
     columns = tuple(known[heading] for heading in description["columns"])
     averages = description.get("averages", {})
     return Layout(
@@ -181,7 +181,7 @@ def _layout(key: str, description: dict[str, Any], known: dict[str, Benchmark]) 
     )
 
 
-def _block(block: dict[str, Any], columns: tuple[Benchmark, ...]) -> Block:
+def _block(block: dict[str, Any], columns: tuple[Column, ...]) -> Block:
     rows = [_row(row, block, columns) for row in block["rows"]]
     rows += [_row(row | {"control": True}, block, columns) for row in block.get("controls", [])]
     return Block(
@@ -201,7 +201,7 @@ def _swept(row: Row, keeps: list[int] | None) -> Iterator[Row]:
         yield replace(row, label=f"{row.label} {keep}", arguments=row.arguments | {"keep": str(keep)})
 
 
-def _row(row: dict[str, Any], block: dict[str, Any], columns: tuple[Benchmark, ...]) -> Row:
+def _row(row: dict[str, Any], block: dict[str, Any], columns: tuple[Column, ...]) -> Row:
     row, printed = dict(row), [column for column in columns if column.printed]
     numbers = [row.pop(name, None) or [None] * len(printed) for name in ("published", "std", "tokens")]
     cells = zip(printed, *numbers, strict=True)

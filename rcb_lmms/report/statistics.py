@@ -39,7 +39,7 @@ def accuracy_interval(values: np.ndarray, clusters: np.ndarray) -> Interval:
     from scipy.stats import binomtest
 
     mean = float(values.mean())
-    if mean in (0.0, 1.0):
+    if mean in (0.0, 1.0) and (values == mean).all():
         number = len(set(clusters.tolist()))
         bounds = binomtest(int(mean) * number, number).proportion_ci(CONFIDENCE, "exact")
         return Interval(mean, float(bounds.low), float(bounds.high))

@@ -6,29 +6,30 @@ What is missing stays missing: it is neither guessed nor averaged over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
-from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Run
+from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Benchmark, Measured
+from rcb_lmms.report.reading import mean_of
 from rcb_lmms.report.statistics import accuracy_interval, mcnemar, mean_interval, paired_p
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-_PLACES = ("pretrained", "codebook", "device", "dtype", "seed", "batch_size")
+_PLACES = ("pretrained", "codebook", "device", "dtype", "seed", "batch_size", "max_batch_size")
 
 
 @dataclass(frozen=True)
-class Row:
+class Setting:
     """Runs of one method at one budget, one per seed."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[Measured, ...]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> Measured:
         """The run that stands for all where they agree."""
         return self.runs[0]
 
@@ -55,17 +56,17 @@ class Row:
         return np.mean([run.scores[task].values for run in self.runs], axis=0)
 
     def headline(self, task: str) -> float | None:
-        """The score the paper reports: the official one, or else the accuracy."""
-        if BENCHMARKS[task].official is None:
+        """The score the paper reports: the official one, or else the mean of the samples."""
+        if self.first.benchmarks[task].official is None:
             return float(self.scores(task).mean())
-        return _mean(run.official.get(task) for run in self.runs)
+        return mean_of(run.official.get(task) for run in self.runs)
 
     def mean(self, quantity: str) -> float | None:
         """An achieved quantity, averaged over tasks and seeds."""
-        return _mean(run.mean(quantity) for run in self.runs)
+        return mean_of(run.mean(quantity) for run in self.runs)
 
 
-def group(runs: Sequence[Run]) -> list[Row]:
+def group(runs: Sequence[Measured]) -> list[Setting]:
     """Runs as rows: unpruned first, then larger budgets before smaller, methods in the registry's order.
 
     Raises:
@@ -73,7 +74,7 @@ def group(runs: Sequence[Run]) -> list[Row]:
     """
     from rcb_lmms.pruners import PRUNERS
 
-    settings: dict[tuple, dict[str, Run]] = {}
+    settings: dict[tuple, dict[str, Measured]] = {}
     for run in runs:
         seeds = settings.setdefault(run.setting, {})
         seed = run.arguments.get("seed", "")
@@ -82,19 +83,20 @@ def group(runs: Sequence[Run]) -> list[Row]:
         seeds[seed] = run
         for task, scores in run.scores.items():
             other = next(earlier for earlier in runs if task in earlier.scores)
-            if other.scores[task].samples != scores.samples:
+            if other.scores[task].documents != scores.documents:
                 raise _mixture(other, run, f"different samples of {task}")
-    order = list(PRUNERS)
-    rows = [Row(tuple(seeds.values())) for seeds in settings.values()]
+    order = [*PRUNERS]
+    rows = [Setting(tuple(seeds.values())) for seeds in settings.values()]
 
-    def place(row: Row) -> tuple:
+    def place(row: Setting) -> tuple:
         budget = row.first.target or row.mean("retained_visual_tokens") or 0
-        return row.first.method != "none", -round(budget), order.index(row.first.method), row.options
+        known = order.index(row.first.method) if row.first.method in order else len(order)
+        return row.first.method != "none", -round(budget), known, row.first.method, row.options
 
     return sorted(rows, key=place)
 
 
-def _mixture(one: Run, two: Run, found: str) -> UserError:
+def _mixture(one: Measured, two: Measured, found: str) -> UserError:
     return UserError(
         wanted="one table of these runs",
         found=f"{found}: {one.path} and {two.path}",
@@ -103,7 +105,7 @@ def _mixture(one: Run, two: Run, found: str) -> UserError:
     )
 
 
-def summary_table(runs: Sequence[Run]) -> pd.DataFrame:
+def summary_table(runs: Sequence[Measured]) -> pd.DataFrame:
     """Numbers of every method and budget.
 
     Columns: `pretrained`, `method`, `options`, `budget` (as given), `seeds`, `target_tokens`, `retained_tokens`,
@@ -111,24 +113,37 @@ def summary_table(runs: Sequence[Run]) -> pd.DataFrame:
     seeds), `_score` (official), `_retained`, then `relative` (mean over tasks of the paper's score, in percent of the
     unpruned model's), `p_vs_random`, `questions_per_second`, `prefill_tflops` and `runs` (folder names).
 
+    How the tasks are shown is in the frame's `attrs["benchmarks"]`.
+
     Raises:
         UserError: runs that cannot share a table; see `group`.
     """
     import pandas as pd
 
-    rows = group(runs)
-    tasks = [task for task in BENCHMARKS if any(task in row.tasks for row in rows)]
-    return pd.DataFrame([_numbers(row, rows, tasks) for row in rows])
+    rows, benchmarks = group(runs), benchmarks_of(runs)
+    tasks = [task for task in benchmarks if any(task in row.tasks for row in rows)]
+    table = pd.DataFrame([_numbers(row, rows, tasks) for row in rows])
+    table.attrs["benchmarks"] = {task: benchmarks[task] for task in tasks}
+    return table
 
 
-def _numbers(row: Row, rows: list[Row], tasks: list[str]) -> dict[str, Any]:
+def benchmarks_of(runs: Sequence[Measured]) -> dict[str, Benchmark]:
+    """How every task of some runs is shown: those that this package knows first, in its order."""
+    found: dict[str, Benchmark] = {}
+    for run in runs:
+        for task, own in run.benchmarks.items():
+            found[task] = replace(own, unit=min(own.unit, found.get(task, own).unit))
+    return {task: found[task] for task in sorted(found, key=lambda task: [*BENCHMARKS, task].index(task))}
+
+
+def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "pretrained": row.first.arguments.get("pretrained"),
         "method": row.first.method,
         "options": row.options,
         "budget": row.budget,
         "seeds": len(row.runs),
-        "target_tokens": _mean(run.target for run in row.runs),
+        "target_tokens": mean_of(run.target for run in row.runs),
         "retained_tokens": row.mean("retained_visual_tokens"),
         "layer_average_tokens": row.mean("layer_average_visual_tokens"),
     }
@@ -138,13 +153,13 @@ def _numbers(row: Row, rows: list[Row], tasks: list[str]) -> dict[str, Any]:
     return numbers | {
         "relative": _relative(row, _unpruned(row, rows), tasks),
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
-        "questions_per_second": _mean(run.record["totals"].get("questions_per_second") for run in row.runs),
+        "questions_per_second": mean_of(run.record["totals"].get("questions_per_second") for run in row.runs),
         "prefill_tflops": row.mean("prefill_tflops"),
         "runs": " ".join(run.path.name for run in row.runs),
     }
 
 
-def _task_numbers(row: Row, task: str) -> dict[str, float | None]:
+def _task_numbers(row: Setting, task: str) -> dict[str, float | None]:
     import numpy as np
 
     interval = accuracy_interval(row.scores(task), row.first.scores[task].clusters)
@@ -154,16 +169,16 @@ def _task_numbers(row: Row, task: str) -> dict[str, float | None]:
         "low": interval.low,
         "high": interval.high,
         "std": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
-        "score": row.headline(task) if BENCHMARKS[task].official else None,
-        "retained": _mean(run.record["achieved"].get(task, {}).get("retained_visual_tokens") for run in row.runs),
+        "score": row.headline(task) if row.first.benchmarks[task].official else None,
+        "retained": mean_of(run.run.achieved(task, "retained_visual_tokens") for run in row.runs),
     }
 
 
-def _unpruned(row: Row, rows: list[Row]) -> Row | None:
+def _unpruned(row: Setting, rows: list[Setting]) -> Setting | None:
     return next((other for other in rows if other.first.method == "none" and _comparable(row, other)), None)
 
 
-def _random(row: Row, rows: list[Row]) -> Row | None:
+def _random(row: Setting, rows: list[Setting]) -> Setting | None:
     """The random row at the same budget."""
     if row.first.method in ("none", "random") or row.first.target is None:
         return None
@@ -171,11 +186,11 @@ def _random(row: Row, rows: list[Row]) -> Row | None:
     return next((other for other in candidates if abs(other.first.target - row.first.target) <= 0.5), None)
 
 
-def _comparable(row: Row, other: Row) -> bool:
+def _comparable(row: Setting, other: Setting) -> bool:
     return row.first.arguments.get("pretrained") == other.first.arguments.get("pretrained")
 
 
-def _relative(row: Row, unpruned: Row | None, tasks: list[str]) -> float | None:
+def _relative(row: Setting, unpruned: Setting | None, tasks: list[str]) -> float | None:
     if unpruned is None or not set(tasks) <= {*row.tasks} & {*unpruned.tasks}:
         return None
     shares = []
@@ -187,13 +202,13 @@ def _relative(row: Row, unpruned: Row | None, tasks: list[str]) -> float | None:
     return 100 * sum(shares) / len(shares)
 
 
-def _p_vs_random(row: Row, random: Row | None) -> float | None:
+def _p_vs_random(row: Setting, random: Setting | None) -> float | None:
     if random is None or row.tasks != random.tasks:
         return None
     return paired_p([(row.scores(task), random.scores(task), row.first.scores[task].clusters) for task in row.tasks])
 
 
-def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
+def comparison_table(runs: Sequence[Measured]) -> pd.DataFrame:
     """Every method against random at the same budget, task by task, on the same samples.
 
     Columns: `method`, `options`, `target_tokens`, `task`, `difference` of accuracy with `low` and `high` (95% interval
@@ -210,10 +225,12 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
             if task in random.tasks:
                 found.append(_comparison(row, random, task))
     columns = ["method", "options", "target_tokens", "task", "difference", "low", "high", "p", "mcnemar_p"]
-    return pd.DataFrame(found, columns=columns)
+    table = pd.DataFrame(found, columns=columns)
+    table.attrs["benchmarks"] = benchmarks_of(runs)
+    return table
 
 
-def _comparison(row: Row, random: Row, task: str) -> dict[str, Any]:
+def _comparison(row: Setting, random: Setting, task: str) -> dict[str, Any]:
     scores, baseline, clusters = row.scores(task), random.scores(task), row.first.scores[task].clusters
     interval = mean_interval(scores - baseline, clusters)
     return {
@@ -225,16 +242,18 @@ def _comparison(row: Row, random: Row, task: str) -> dict[str, Any]:
         "low": interval.low,
         "high": interval.high,
         "p": paired_p([(scores, baseline, clusters)]),
-        "mcnemar_p": max(
-            mcnemar(one.scores[task].values, two.scores[task].values) for one in row.runs for two in random.runs
-        ),
+        "mcnemar_p": _mcnemar(row, random, task),
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean, or `None` where one of the values is missing: an average over the rest would be of something else."""
-    values = list(values)
-    return None if not values or None in values else sum(values) / len(values)
+def _mcnemar(row: Setting, random: Setting, task: str) -> float | None:
+    """The largest over seeds; none for answers that are not just right or wrong."""
+    import numpy as np
+
+    pairs = [(one.scores[task].values, two.scores[task].values) for one in row.runs for two in random.runs]
+    if not np.isin(np.concatenate([values for pair in pairs for values in pair]), (0, 1)).all():
+        return None
+    return max(mcnemar(*pair) for pair in pairs)
 
 
 def version_notes(runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[str]:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.report.collect import BENCHMARKS, Excluded, Run
+from rcb_lmms.report.collect import Excluded, Measured
 from rcb_lmms.report.summary import comparison_table, summary_table, version_notes
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+# Behind the point, of scores in percent and of others.
+DIGITS = {100: 1, 1: 3}
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -26,9 +30,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         "retained": _column(table["retained_tokens"], "{:.1f}"),
         "layer average": _column(table["layer_average_tokens"], "{:.1f}"),
     }
-    for task, benchmark in BENCHMARKS.items():
-        if f"{task}_accuracy" in table:
-            text[f"{benchmark.label} accuracy, %"] = [_accuracy(row, task) for _, row in table.iterrows()]
+    for task, benchmark in table.attrs["benchmarks"].items():
+        text[benchmark.heading] = [_accuracy(row, task, benchmark.unit) for _, row in table.iterrows()]
         if benchmark.official and f"{task}_score" in table:
             text[benchmark.official_label] = _column(table[f"{task}_score"], "{:.1f}")
     text["relative, %"] = _column(table["relative"], "{:.1f}")
@@ -47,16 +50,19 @@ def readable_comparisons(table: pd.DataFrame) -> pd.DataFrame:
         {
             "method": f"{row.method} ({row.options})" if row.options else row.method,
             "tokens asked": f"{row.target_tokens:.1f}",
-            "task": BENCHMARKS[row.task].label,
-            "difference to random, points": "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                *(100 * value for value in (row.difference, row.low, row.high))
-            ),
+            "task": table.attrs["benchmarks"][row.task].label,
+            "difference to random, points": _difference(row, table.attrs["benchmarks"][row.task].unit),
             "p": probability(row.p),
             "McNemar p": probability(row.mcnemar_p),
         }
         for row in table.itertuples()
     ]
     return pd.DataFrame(rows)
+
+
+def _difference(row: Any, unit: int) -> str:
+    mean, low, high = (f"{unit * value:+.{DIGITS[unit]}f}" for value in (row.difference, row.low, row.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def probability(p: float | None) -> str:
@@ -77,14 +83,14 @@ def _budget(row: Any) -> str:
     return f"{row.budget} ({row.target_tokens:.1f} tokens)".strip()
 
 
-def _accuracy(row: Any, task: str) -> str:
+def _accuracy(row: Any, task: str, unit: int) -> str:
     import pandas as pd
 
     if pd.isna(row[f"{task}_accuracy"]):
         return ""
-    mean, low, high = (100 * row[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
-    spread = "" if pd.isna(row[f"{task}_std"]) else f" ± {100 * row[f'{task}_std']:.1f}"
-    return f"{mean:.1f}{spread} [{low:.1f}, {high:.1f}]"
+    mean, low, high = (f"{unit * row[f'{task}_{name}']:.{DIGITS[unit]}f}" for name in ("accuracy", "low", "high"))
+    spread = "" if pd.isna(row[f"{task}_std"]) else f" ± {unit * row[f'{task}_std']:.{DIGITS[unit]}f}"
+    return f"{mean}{spread} [{low}, {high}]"
 
 
 def _column(values: pd.Series, form: str) -> list[str]:
@@ -101,7 +107,7 @@ averaged over the tasks. p vs random: random pruning at the same budget, average
 permutation of whole images, two-sided, all tasks together."""
 
 
-def write_tables(runs: Sequence[Run], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:
+def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:
     """Write `table.md`, `table.csv` and `comparisons.csv` to `out`; returns the summary table.
 
     Raises:
