@@ -211,7 +211,7 @@ def write_host_results(folder: Path, time: str, model: str, task: str, scores: l
         "config": {"model": model, "model_args": "pretrained=a/b,device_map=auto", "limit": None},
     }
     rows = [
-        {"doc_id": n, "target": "x", "doc": {"id": n}, "filtered_resps": ["x"], "exact_match": score}
+        {"doc_id": n, "target": "x", "input": f"{n}?", "filtered_resps": "x", "exact_match": score}
         for n, score in enumerate(scores)
     ]
     file = folder / f"20261101_{time}_results.json"

@@ -175,8 +175,9 @@ class Run:
             task: or a group of tasks.
             metrics: keys of a sample, of which the first that is there holds its score.
             combine: how the scores of one cluster count, see `COMBINE`.
-            cluster: what of the document groups samples that are not independent. By default it is what the score
-                itself says, as those of this package do, and without that every sample stands for itself.
+            cluster: what of the document groups samples that are not independent; `lmms_eval` logs no documents, and
+                then it is looked for beside the score. By default it is what the score says itself, as those of this
+                package do. Where none is known, every sample stands for itself.
 
         Raises:
             Unusable: samples that are missing, damaged or another run's.
@@ -193,8 +194,7 @@ class Run:
                     digest.update(json.dumps(content, sort_keys=True).encode())
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise Unusable(f"samples_{part}.jsonl is damaged: {type(error).__name__} {error}") from error
-            found += own
-            whole = whole and bool(own)
+            found, whole = found + own, whole and bool(own)
         return Scores(tuple(found) if whole else (), digest.hexdigest())
 
 
@@ -212,7 +212,7 @@ def _samples(
         own = row[metric] if isinstance(row[metric], dict) else {"score": row[metric]}
         if own.get("score") is None:
             return []
-        label = own.get("cluster") if cluster is None else row["doc"][cluster]
+        label = own.get("cluster") if cluster is None else {**own, **row.get("doc", {})}.get(cluster)
         part = own["category"] if combine == "pairs" else ""
         parts.setdefault(part, []).append((str(row["doc_id"] if label is None else label), float(own["score"])))
     found = []
