@@ -12,6 +12,7 @@ from PIL import Image
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.session import Trace
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
@@ -137,7 +138,7 @@ def test_visuals_of_unlike_sizes_share_a_call_and_come_out_as_alone(families):
     assert not torch.allclose(chosen.embeds, again.embeds, atol=1e-3)
     (small,) = encoder.views(visuals[:1], downsample(12))
     assert [len(own) for own in small] == [4, 4, 4]
-    sets = kept_sets(encoder, downsample(12), [], visuals[:1])
+    sets = kept_sets(Trace(*encoder.choices(visuals[:1], downsample(12)), {}, {}))
     assert [(own.native, own.kept) for own in sets] == [(4, frozenset(range(4)))] * 3
 
 

@@ -7,17 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.engine.generation import layer_steps, left_pad, prune_prompts
-from rcb_lmms.pruners.views import choose_views
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcb_lmms.engine.encoding import ImageEncoder
-    from rcb_lmms.families.base import Family
-    from rcb_lmms.families.images import Visual
-    from rcb_lmms.families.packed import Prompt
-    from rcb_lmms.pruners.base import Pruner
+    from rcb_lmms.engine.session import Trace
 
 # Distances from the cut within which rounding may decide. Measured between instruction sets (SSE, AVX2, AVX-512) and
 # thread counts on the laboratory in float32: cosines differ by up to 1e-6, attention by up to 3e-5 of its value.
@@ -93,43 +86,26 @@ def _where(mask: Tensor) -> frozenset[int]:
     return frozenset(mask.nonzero().flatten().tolist())
 
 
-def kept_sets(encoder: ImageEncoder, pruner: Pruner, ids: list[int], visuals: list[Visual]) -> list[KeptSet]:
-    """What stays of one question, view by view; of a layer method, step by step among the prompt's visual tokens.
+def kept_sets(trace: Trace, threshold: float | None = None) -> list[KeptSet]:
+    """What stayed of one question, view by view; of a layer method, step by step among the prompt's visual tokens.
 
     Args:
-        encoder: of the run that answered, whose stored views are those the answer was made from.
-        pruner: as fitted.
-        ids: token ids of the prompt, as `Family.chat` gives them.
-        visuals: opened images and videos.
+        trace: of the session that answered, whose stored views are those the answer was made from.
+        threshold: of the scores, under a method that keeps by one.
     """
-    if pruner.stage == "layers":
-        prompt = encoder.family.embed(ids, encoder.packed(visuals, pruner))
-        return _kept_in_decoder(encoder.family, pruner, prompt, encoder.per) if prompt.spans else []
-    threshold = None
-    if pruner.budget is not None and pruner.budget.kind == "threshold":
-        threshold = -pruner.budget.value  # scores are minus the redundancy that the budget bounds
-    selections = [own for views in encoder.views(visuals, pruner) for own in choose_views(pruner, views, encoder.per)]
-    return [
-        KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))
-        for own in selections
-    ]
-
-
-def _kept_in_decoder(family: Family, pruner: Pruner, prompt: Prompt, per: str) -> list[KeptSet]:
-    """A layer method's choices for one prompt, positions counted among what the step before left; one prefill."""
     import torch
 
-    steps = layer_steps(pruner, prompt, family.layers, per)
-    embeds, mask, _ = left_pad([prompt])
-    with (
-        torch.inference_mode(),
-        prune_prompts(family.model, pruner, [steps], [list(prompt.spans)]) as pruning,
-    ):
-        family.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    candidates = torch.cat([torch.arange(start, stop) for start, stop in prompt.spans])
-    sets = []
-    for step in pruning.steps:
-        kept = torch.searchsorted(candidates, step.kept[0])
-        sets.append(KeptSet(len(candidates), frozenset(kept.tolist()), near_the_cut(step.scores[0], kept)))
-        candidates = step.kept[0]
+    if not trace.layer_kept:
+        return [
+            KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))
+            for selections in trace.selections
+            for own in selections
+        ]
+    sets, candidates = [], None
+    for layer, positions in trace.layer_kept.items():
+        scores = trace.layer_scores[layer]
+        # Positions are counted among what the step before left.
+        kept = positions if candidates is None else torch.searchsorted(candidates, positions)
+        sets.append(KeptSet(len(scores), frozenset(kept.tolist()), near_the_cut(scores, kept)))
+        candidates = positions
     return sets

@@ -20,7 +20,7 @@ from rcb_lmms.regress.subset import choose, documents, load_task, restrict
 from rcb_lmms.resources import cache_dir
 
 if TYPE_CHECKING:
-    from rcb_lmms.engine.encoding import ImageEncoder
+    from rcb_lmms.engine.session import Session
     from rcb_lmms.families.base import Family
     from rcb_lmms.models.base import PrunedModel
     from rcb_lmms.models.record import RunRecord
@@ -49,7 +49,8 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
     place = cache_dir() / "regress" / hashlib.sha256(str(case.golden.resolve()).encode()).hexdigest()[:16]
     with evaluating(Context(answers=place)) as context:
         model = _model(case, batch_size)
-        run, encoder = context.only_record(), model.encoder
+        # The model lets go of its session when lmms-eval is done with it.
+        run, session = context.only_record(), model.session
         made_of = _made_of(model.family, run)
         if golden is not None:
             golden.check_made_of(made_of)
@@ -62,7 +63,7 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
     samples = [
         sample
         for name, task in tasks.items()
-        for sample in _samples(name, task, names[name], results, encoder, _fitted(model, run, name))
+        for sample in _samples(name, task, names[name], results, session.with_pruner(_fitted(model, run, name)))
     ]
     forget(place)
     return Golden(
@@ -147,7 +148,7 @@ def _fitted(model: PrunedModel, run: RunRecord, task: str) -> Pruner:
 
 
 def _samples(
-    name: str, task: Any, names: list[str], results: dict[str, Any], encoder: ImageEncoder, pruner: Pruner
+    name: str, task: Any, names: list[str], results: dict[str, Any], session: Session
 ) -> Iterator[Sample]:
     from rcb_lmms.models.requests import Request
 
@@ -155,12 +156,15 @@ def _samples(
     for request in task.instances:
         question = Request.of(request, {name: task.dataset}, 0)
         row = rows[request.doc_id]
-        yield _sample(names[request.doc_id], question, row, encoder, pruner)
+        yield _sample(names[request.doc_id], question, row, session)
 
 
-def _sample(name: str, question: Request, row: dict[str, Any], encoder: ImageEncoder, pruner: Pruner) -> Sample:
-    messages, visuals = question.load(encoder.family)
-    ids = encoder.family.chat(messages)
+def _sample(name: str, question: Request, row: dict[str, Any], session: Session) -> Sample:
+    messages, visuals = question.load(session.family)
+    budget = session.pruner.budget
+    # Scores are minus the redundancy that a threshold bounds.
+    threshold = -budget.value if budget is not None and budget.kind == "threshold" else None
+    ids = session.family.chat(messages)
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     (counts,) = row["token_counts"]
     return Sample(
@@ -173,7 +177,7 @@ def _sample(name: str, question: Request, row: dict[str, Any], encoder: ImageEnc
         answer=str(row["filtered_resps"][0]),
         scores=_scores(row),
         counts={count: counts[count] for count in COUNTS},
-        kept=tuple(kept_sets(encoder, pruner, ids, visuals)),
+        kept=tuple(kept_sets(session.trace(question), threshold)),
     )
 
 

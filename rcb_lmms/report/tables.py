@@ -104,8 +104,8 @@ Accuracy in brackets: 95% confidence interval, a bootstrap over images; ±: stan
 visual tokens per question that the language model receives; layer average: over the layers of the decoder, which for \
 FastV includes its full first layers. Relative: the paper's score of each task in percent of the unpruned model's, \
 averaged over the tasks. p vs random: random pruning at the same budget, averaged over its seeds sample by sample; \
-permutation of whole images, two-sided, all tasks together. `lmms_eval` logs no documents: questions of its results are \
-taken for independent where their scores do not name what groups them."""
+permutation of whole images, two-sided, all tasks together. `lmms_eval` logs no documents: questions of its results \
+are taken for independent where their scores do not name what groups them."""
 
 
 def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:
