@@ -52,6 +52,9 @@ def _quieten() -> None:
     """Keep from the terminal what lmms-eval notes for its developers, and bars for files of a few kilobytes."""
     from loguru import logger
 
+    from rcb_lmms.models.invocation import calm_bars
+
+    calm_bars()
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="<level>{level}</level> {name}: {message}")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -124,6 +124,13 @@ def asked_seed() -> int | None:
     return int(value) if value.strip().lstrip("-").isdigit() else None
 
 
+def calm_bars() -> None:
+    """Have progress bars of a process without a terminal write a line a minute; call it before tqdm is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
+        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+
+
 def warn_of_host_command() -> None:
     """Say once what lmms-eval's own command cannot do for an entry, if it is the one that runs."""
     if host_command_runs() and int(os.environ.get("RANK", 0)) == 0:

@@ -61,20 +61,31 @@ def evaluate(
     for entry in entries:
         if not _done(run_folder(results, entry, limit)):
             check_tasks([entry.task], _places(entry))
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[Path]] = {}
+    spent: list[float] = []
     for number, entry in enumerate(entries, 1):
         print(f"[{number:>{len(str(len(entries)))}}/{len(entries)}] {entry.name} {entry.task} ", end="", flush=True)
         began, folder = time.perf_counter(), run_folder(results, entry, limit)
         try:
             fresh = _run(entry, folder, for_checkpoint(entry, pretrained), limit, managers)
-            print(f"{time.perf_counter() - began:.1f} s" if fresh else "done before", flush=True)
+            spent += [time.perf_counter() - began] if fresh else []
+            print(_told(spent, len(entries) - number) if fresh else "done before", flush=True)
         except Exception as error:  # whatever a data set, a model or a scorer raises; run.json has it in full
             told = (error.wanted, error.found) if isinstance(error, UserError) else (type(error).__name__, error)
             reason = "{}: {}".format(*told)
             print(f"failed: {reason}", flush=True)
             mend = f"; next: {error.next_step}" if isinstance(error, UserError) else ""
-            problems.setdefault(f"{reason}{mend}", []).append(str(folder))
-    return [f"{', '.join(folders)}: {reason}" for reason, folders in problems.items()]
+            problems.setdefault(f"{reason}{mend}", []).append(folder)
+    return [
+        f"{folders[0]}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}: {reason}"
+        for reason, folders in problems.items()
+    ]
+
+
+def _told(spent: list[float], left: int) -> str:
+    """The seconds of the last run, and what the runs that are left will take if they take as long on average."""
+    seconds = left * sum(spent) / len(spent)
+    return f"{spent[-1]:.1f} s" + (f", about {seconds / 60:.0f} min left" if seconds >= 60 else "")
 
 
 def _done(folder: Path) -> bool:

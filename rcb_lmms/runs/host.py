@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rcb_lmms.errors import UserError, exit_on_user_error
 from rcb_lmms.files import write_atomic
 from rcb_lmms.models.command import check_command
-from rcb_lmms.models.invocation import Context, argument, configured_runs, evaluating
+from rcb_lmms.models.invocation import Context, argument, calm_bars, configured_runs, evaluating
 from rcb_lmms.models.task_data import check_data, failure
 from rcb_lmms.resources import data_dir
 from rcb_lmms.runs.folder import locked
@@ -48,6 +48,7 @@ def main() -> None:
 
         lmms_eval_main()
         return
+    calm_bars()
     use_local_videos()
     with exit_on_user_error(), contextlib.ExitStack() as stack:
         check_command()
