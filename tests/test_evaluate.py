@@ -328,7 +328,10 @@ def test_a_task_of_ones_own_is_evaluated(write_config, run, tmp_path, capsys):
     named = write_config(("named", "llava_random", ",keep=3", "mine"), file="named.yaml", include_path=str(home))
     assert run(named) == []
     shown = CliRunner().invoke(app, ["eval", named, "--out", str(tmp_path / "results")])
-    assert "next: read " in shown.stdout  # and no table, which would refuse
+    assert shown.stdout.endswith(f"next: rcb table {tmp_path / 'results'}\n")
+    table = CliRunner().invoke(app, ["table", str(tmp_path / "results" / "named")])
+    assert "mine" in table.stdout
+    assert "exact_match" in table.stdout
 
 
 @pytest.mark.parametrize("words", [("--limit", "4"), ()])
