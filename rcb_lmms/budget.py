@@ -98,6 +98,10 @@ class Budget:
         even, left = divmod(int(self.value), parts)
         return [Budget.tokens(even + (view < left)) for view in range(parts)]
 
+    def times(self, views: int) -> Budget:
+        """The budget of `views` views together that each have this one."""
+        return Budget.tokens(int(self.value) * views) if self.kind == "tokens" else self
+
     def __str__(self) -> str:
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"
 

@@ -126,6 +126,14 @@ def make(checkpoint):
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A whole CLIP model whose vision tower is as wide as the tiny checkpoint's."""
+    import tiny
+
+    return tiny.save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
 def codebook_file(tmp_path_factory):
     """A codebook of 12 random prototypes that fits the tiny checkpoint."""
     import tiny

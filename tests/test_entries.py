@@ -22,11 +22,15 @@ from rcb_lmms.engine.encoding import ImageEncoder
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual
 from rcb_lmms.models import ENTRIES, METHODS, class_name, entries, table
-from rcb_lmms.pruners import PRUNERS, make_pruner
+from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import VisualTokens
 from rcb_lmms.pruners.views import choose_views as select
 
 ALL = [(family, method) for family in ENTRIES for method in ENTRIES[family]]
+REFUSED = [("llava_onevision", "prumerge"), ("llava_onevision", "prumerge_plus")]
+# Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token. EVS keeps the
+# first frame whole, and an image's only view with it.
+BUDGETS = {"full": {}, "prumerge": {"keep": 2.5}, "rcb": {"ratio": 0.3}, "evs": {"ratio": 0.5}}
 # Wide, tall and square: a base view and 2, 2 or 4 tiles.
 WIDE, TALL, SQUARE = (112, 56), (56, 112), (112, 112)
 
@@ -134,16 +138,21 @@ def test_classes_are_made_once_found_by_name_and_survive_pickle():
 
 
 @pytest.mark.parametrize(("family", "method"), ALL)
-def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(family, method, entry, documents, monkeypatch):
-    if family == "llava_onevision" and PRUNERS[METHODS[method]].needs:
+def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(
+    family, method, entry, documents, monkeypatch, clip_folder
+):
+    if (family, method) in REFUSED:
         monkeypatch.setattr("rcb_lmms.models.base.load_family", lambda **_: pytest.fail("loaded"))
         with pytest.raises(UserError, match="no cls_attention, keys") as refusal:
             entry(family, method)
-        names = {f"llava_onevision_{name}" for name, own in METHODS.items() if not PRUNERS[own].needs}
+        names = {f"{own}_{name}" for own, name in ALL if own == family and (own, name) not in REFUSED}
         assert set(refusal.value.allowed.split(", ")) == names
         return
-    # Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token.
-    budget = {"full": {}, "prumerge": {"keep": 2.5}, "rcb": {"ratio": 0.3}}.get(method, {"keep": 3})
+    if (family, method) == ("llava_onevision", "visionzip"):  # which merges before the projector, not pooled tokens
+        documents = [document for document in documents if not any(isinstance(own, str) for own in document["visuals"])]
+    budget = BUDGETS.get(method, {"keep": 3})
+    if method == "cdpruner" and family != "llava_onevision":
+        budget = {**budget, "clip": str(clip_folder)}
     one = entry(family, method, batch_size=1, **budget)
     texts, counts = ask(one, documents)
     many = entry(family, method, batch_size=4, **budget)
@@ -567,4 +576,4 @@ def test_the_readme_shows_the_table_of_entries():
         (row,) = [
             line for line in shown.splitlines() if line.startswith(f"| `{family}_{method}` | `{METHODS[method]}` |")
         ]
-        assert ("refused" in row) == (family == "llava_onevision" and bool(PRUNERS[METHODS[method]].needs))
+        assert ("refused" in row) == ((family, method) in REFUSED)

@@ -113,7 +113,7 @@ def test_random_tokens_differ_from_frame_to_frame(family):
 def test_methods_that_need_a_cls_token_are_refused(family):
     for visual in (Visual((tiny.random_image(0),)), tiled.video(1)):
         for view in family.encode([visual], PruMerge.needs)[0]:
-            with pytest.raises(UserError, match="use rcb, fastv or random"):
+            with pytest.raises(UserError, match="use rcb, fastv, divprune or random"):
                 check_needs(view, PruMerge())
 
 

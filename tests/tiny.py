@@ -140,3 +140,23 @@ def save_codebook(path: Path, width: int = WIDTH, rows: int = 12) -> Path:
 
     prototypes = torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
     return Codebook(prototypes, {"id": "tiny", "model": "a tiny random model"}).save(path)
+
+
+def save_clip(folder: Path) -> Path:
+    """A whole CLIP model of texts up to 20 bytes; the end of a text is its largest id, as CLIP's is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<start>", "<end>"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends = [("<start>", 256), ("<end>", 257)]
+    tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 0}
+    text = {**sizes, **ids, "vocab_size": 258, "max_position_embeddings": 20}
+    torch.manual_seed(3)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<start>", eos_token="<end>").save_pretrained(folder)
+    return folder

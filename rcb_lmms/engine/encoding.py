@@ -12,6 +12,7 @@ from rcb_lmms.engine.generation import out_of_memory
 from rcb_lmms.engine.ledger import pack_kept
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
+from rcb_lmms.families.clip import asked
 from rcb_lmms.families.packed import PackedImage
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.views import choose_views
@@ -109,23 +110,26 @@ class ImageEncoder:
     ) -> tuple[list[list[VisualTokens]], list[list[Selection]]]:
         """Views of images and videos, and what the pruner keeps of each."""
         views = self.views(visuals, pruner)
-        return views, [choose_views(pruner, own, self.per, question) for own in views]
+        return views, [self._choose(own, pruner, question) for own in views]
+
+    def _choose(self, views: list[VisualTokens], pruner: Pruner, question: str | None) -> list[Selection]:
+        return choose_views(pruner, asked(self.family, views, pruner, question), self.per, question)
 
     def packed(self, visuals: Sequence[Visual], pruner: Pruner, question: str | None = None) -> list[PackedImage]:
         """Pruned and packed images and videos; the pruner chooses once per visual, or per visual and question."""
         name = id(self._pruners.setdefault(id(pruner), pruner))
         # What depends on the question is never found again under another one.
-        asked = question if pruner.sees_question and pruner.stage == "view" else None
-        found = {visual.key: self._packed.get((name, asked, visual.key)) for visual in visuals}
+        read = question if pruner.sees_question and pruner.stage == "view" else None
+        found = {visual.key: self._packed.get((name, read, visual.key)) for visual in visuals}
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing, pruner), strict=True):
-            selections = choose_views(pruner, views, self.per, question)
+            selections = self._choose(views, pruner, question)
             packed = self.family.pack_selected(views, selections, visual)
             if any(len(own.kept) < len(own.scores) for own in selections):
                 kept = (pack_kept(own.kept.tolist(), len(own.scores)) for own in selections)
                 packed = replace(packed, kept=tuple(kept))
             found[visual.key] = packed
-            _put(self._packed, (name, asked, visual.key), packed)
+            _put(self._packed, (name, read, visual.key), packed)
         return [found[visual.key] for visual in visuals]
 
 

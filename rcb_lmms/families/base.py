@@ -78,6 +78,7 @@ class Family(ABC):
         self.reader = reader or VideoReader()
         self.tokenizer = processor.tokenizer
         self.pretrained, self.fingerprint = pretrained, fingerprint
+        self.clip_spaces: dict[str, Any] = {}  # by source, see `clip`; loaded when a method reads one
         # In the original layout: where that code and Hugging Face's differ, the original's result is wanted.
         self.original = original
         self.revision = getattr(model.config, "_commit_hash", None)
@@ -185,9 +186,9 @@ class Family(ABC):
         output = tower(
             pixels.to(self.device, self.dtype), output_hidden_states=True, interpolate_pos_encoding=interpolate
         )
-        hidden = output.hidden_states[self.model.config.vision_feature_layer]
-        patches = hidden[:, 1:] if self.has_cls else hidden
-        return {"features": self.project(patches), **optional_fields(tower, hidden, self.has_cls, needs)}
+        states, layer = output.hidden_states, self.model.config.vision_feature_layer
+        patches = states[layer][:, 1:] if self.has_cls else states[layer]
+        return {"features": self.project(patches), **optional_fields(tower, states, layer, self.has_cls, needs)}
 
     def views(self, visual: Visual, fields: list[dict[str, Tensor]], grid: tuple[int, int]) -> list[VisualTokens]:
         """Views of one visual from the tensors of each."""
@@ -218,11 +219,16 @@ class Family(ABC):
         self, views: Sequence[VisualTokens], selections: Sequence[Selection], visual: Visual | None = None
     ) -> PackedImage:
         """Apply one `Selection` per view and pack what stays."""
+        import torch
+
         kept, whole = [], True
         for view, selection in zip(views, selections, strict=True):
             if selection.features is None:
-                kept.append(view.features[selection.kept.to(view.features.device)])
-                whole &= len(selection) == (view.native or len(view))
+                rows = view.features[selection.kept.to(view.features.device)]
+                if selection.blanks:
+                    rows = torch.cat([rows, rows.new_zeros(selection.blanks, rows.shape[1])])
+                kept.append(rows)
+                whole &= len(selection.kept) == (view.native or len(view))
             else:
                 kept.append(self.project(selection.features.to(self.device, self.dtype)))
                 whole = False

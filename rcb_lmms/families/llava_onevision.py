@@ -17,6 +17,9 @@ from rcb_lmms.pruners.base import VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Optional fields that a video frame's pooled tokens have too.
+POOLED = ("encoder_features", "received_attention", "object_attention")
+
 
 class LlavaOnevision(TiledFamily):
     """LLaVA-OneVision; packing is described in `tiles`, a video always ends with one newline.
@@ -83,17 +86,29 @@ class LlavaOnevision(TiledFamily):
         return min(2 * rows, self.grid[0]), min(2 * columns, self.grid[1])
 
     def views(self, visual: Visual, fields: list[dict[str, Tensor]], grid: tuple[int, int]) -> list[VisualTokens]:
-        """See `Family.views`; pooling stands behind the projector, so that a frame's tokens have no other fields."""
+        """See `Family.views`; pooling stands behind the projector, so that a frame's keys are no tokens' keys.
+
+        Attention and tower features are pooled as the tokens are (ours), for methods that compare tokens by them.
+        """
         import torch
 
         views = super().views(visual, fields, grid)
         if visual.role != "video":
             return views
-        pooled = _pooled(torch.stack([view.features for view in views]), grid)
         native = math.prod(self.pooled_grid)
+        pooled = {
+            name: _pooled(torch.stack([own[name].reshape(len(own[name]), -1) for own in fields]), grid)
+            for name in ("features", *POOLED)
+            if name in fields[0]
+        }
         return [
-            VisualTokens(features, _halved(grid), key=view.key, native=native)
-            for features, view in zip(pooled, views, strict=True)
+            VisualTokens(
+                grid=_halved(grid),
+                key=view.key,
+                native=native,
+                **{name: rows[n] if fields[0][name].ndim == 2 else rows[n, :, 0] for name, rows in pooled.items()},
+            )
+            for n, view in enumerate(views)
         ]
 
     def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:

@@ -68,7 +68,11 @@ def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
     # A threshold on a cosine means the variant that has one.
     if preset == "official" and not {"threshold", "thresholds"} & set(given):
         chosen = {**PRUNERS[method].official_options.get(family, {}), **chosen}
+    chosen = {**(substitutes(family, method) or {}), **chosen}
     pruner = make_pruner(method, budget=_unfitted(method), preset=preset, **chosen)
+    if not pruner.needs <= family_class(family).provides:
+        options = ", ".join(f"{name}={chosen[name]}" for name in PRUNERS[method].elsewhere if name in chosen)
+        raise _without(family, f"{entry} with {options}", pruner.needs)
     budget, target = _budget(pruner, budgets, given.get("ties"))
     if target is not None and target.measured is not None:
         _check_provided(family, f"match={target}", target.measured.name)
@@ -92,19 +96,33 @@ def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None
 
 def supports(family: str, method: str) -> bool:
     """Whether a family's vision tower gives what a method of the registry reads."""
-    return PRUNERS[method].needs <= family_class(family).provides
+    return substitutes(family, method) is not None
+
+
+def substitutes(family: str, method: str) -> dict[str, Any] | None:
+    """Options with which a family's tower serves a method: none, those of `elsewhere`, or `None` if it cannot."""
+    cls, provides = PRUNERS[method], family_class(family).provides
+    if cls.needs <= provides:
+        return {}
+    if cls.elsewhere and cls(budget=_unfitted(method), **cls.elsewhere).needs <= provides:
+        return dict(cls.elsewhere)
+    return None
 
 
 def _check_provided(family: str, wanted: str, method: str) -> None:
     """Refuse, before anything is loaded, what reads tensors that the family's tower does not have."""
     if not supports(family, method):
-        missing = sorted(PRUNERS[method].needs - family_class(family).provides)
-        raise UserError(
-            wanted=wanted,
-            found=f"a vision tower without CLS token, which gives no {', '.join(missing)}",
-            allowed=", ".join(entry_id(family, name) for name in PRUNERS if supports(family, name)),
-            next_step=f"use {entry_id(family, 'rcb')} with a number of tokens",
-        )
+        raise _without(family, wanted, PRUNERS[method].needs)
+
+
+def _without(family: str, wanted: str, needs: frozenset[str]) -> UserError:
+    missing = sorted(needs - family_class(family).provides)
+    return UserError(
+        wanted=wanted,
+        found=f"a vision tower without CLS token, which gives no {', '.join(missing)}",
+        allowed=", ".join(entry_id(family, name) for name in PRUNERS if supports(family, name)),
+        next_step=f"use {entry_id(family, 'rcb')} with a number of tokens",
+    )
 
 
 def _loading(family: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:

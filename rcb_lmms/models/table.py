@@ -9,7 +9,7 @@ from rcb_lmms.families import Family, family_class
 from rcb_lmms.files import write_atomic
 from rcb_lmms.models import ENTRIES, METHODS
 from rcb_lmms.models.argument_types import budget_names
-from rcb_lmms.models.arguments import supports
+from rcb_lmms.models.arguments import substitutes, supports
 from rcb_lmms.pruners import PRUNERS
 
 BEGIN, END = "<!-- made by: python -m rcb_lmms.models.table -->", "<!-- end of the table -->"
@@ -31,6 +31,8 @@ def _row(family: str, method: str) -> tuple[str, ...]:
         return (*first, "–", "–", "–", "–", "refused: the vision tower has no CLS token")
     exact = family in PRUNERS[pruner].official_options
     note = "counts are exact; `preset=paper` meets a mean" if exact else PRUNERS[pruner].summary
+    if options := substitutes(family, pruner):
+        note += " (ours: " + ", ".join(f"`{name}={value}`" for name, value in options.items()) + ")"
     return (*first, _budget(pruner, exact), *_media(family_class(family)), note)
 
 

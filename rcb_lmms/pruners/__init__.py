@@ -10,15 +10,24 @@ from typing import Any
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_facts
+from rcb_lmms.pruners.cdpruner import CDPruner
 from rcb_lmms.pruners.checks import check_choice
+from rcb_lmms.pruners.divprune import DivPrune
 from rcb_lmms.pruners.downsample import Downsample
+from rcb_lmms.pruners.evs import EVS
 from rcb_lmms.pruners.fastv import FastV
+from rcb_lmms.pruners.hiprune import HiPrune
+from rcb_lmms.pruners.holov import HoloV
 from rcb_lmms.pruners.none import NoPruning
 from rcb_lmms.pruners.prumerge import PruMerge, PruMergePlus
 from rcb_lmms.pruners.random import RandomPruning
 from rcb_lmms.pruners.rcb import RCB
+from rcb_lmms.pruners.scope import Scope
 from rcb_lmms.pruners.stride import Stride
+from rcb_lmms.pruners.vidcom2 import VidCom2
 from rcb_lmms.pruners.views import choose_views
+from rcb_lmms.pruners.visionzip import VisionZip
+from rcb_lmms.pruners.vispruner import FasterVLM, VisPruner
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +76,10 @@ def _register_outside() -> None:
             logger.error("the pruner %s of the package %s is left out: %s", point.name, package, error)
 
 
-for _method in (NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample):
+for _method in (
+    NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample,
+    VisionZip, DivPrune, VisPruner, FasterVLM, Scope, HoloV, HiPrune, CDPruner, VidCom2, EVS,
+):  # fmt: skip
     register(_method)
 _register_outside()
 

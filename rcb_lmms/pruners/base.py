@@ -1,4 +1,4 @@
-"""The contract of a method: what it receives and returns, the facts it states about itself, and the checks on both.
+"""The contract of a method: the facts it states about itself, and the checks on both.
 
 Nothing here, nor in any pruner, imports a model.
 """
@@ -6,78 +6,19 @@ Nothing here, nor in any pruner, imports a model.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import BudgetError, UserError
+from rcb_lmms.pruners.tokens import LayerStep, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STAGES = ("pixels", "view", "layers")
 KINDS = ("tokens", "ratio", "threshold", "adaptive")
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """One view (an image, a tile, or a pooled video frame) at the place where pruning happens.
-
-    Attributes:
-        features: `(n, d)` projector output, in the language model's embedding space, raster order.
-        grid: `(h, w)` with `h * w == n`.
-        encoder_features: `(n, c)` vision-tower output before the projector.
-        keys: `(n, c)` attention keys of the tower's last block, heads concatenated, unscaled.
-        cls_attention: `(n,)` attention of the CLS token to the patches in the last block, one head of width `c`.
-        cls_similarity: `(n,)` cosine of each patch to the CLS token in the layer the projector reads.
-        key: names the view by its content; seeds what is random, so that results ignore the order of a run.
-        native: tokens of the view at its full size; `None` says that it was encoded at that.
-
-    The optional tensors are filled only if the pruner names them in `needs`.
-    """
-
-    features: Tensor
-    grid: tuple[int, int]
-    encoder_features: Tensor | None = None
-    keys: Tensor | None = None
-    cls_attention: Tensor | None = None
-    cls_similarity: Tensor | None = None
-    key: str = ""
-    native: int | None = None
-
-    def __len__(self) -> int:
-        return self.features.shape[0]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What stays of one view.
-
-    Attributes:
-        kept: `(k,)` int64 indices into the view, ascending unless the method declares another order.
-        scores: `(n,)` float32 of every token, higher = keep.
-        features: `(r, c)` rewritten tokens before the projector, in packing order, if the method rewrites
-            tokens (PruMerge: `r = k + 1`, the last one is the residual token); otherwise `None`.
-        forced: tokens that stay only because of `min_keep`.
-    """
-
-    kept: Tensor
-    scores: Tensor
-    features: Tensor | None = None
-    forced: int = 0
-
-    def __len__(self) -> int:
-        """Visual tokens that reach the language model."""
-        return len(self.kept if self.features is None else self.features)
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """One step of a layer method's schedule: decoder layers from `layer` on see `keep` of a prompt's visual tokens."""
-
-    layer: int
-    keep: int
 
 
 @dataclass(frozen=True)
@@ -95,10 +36,12 @@ class Pruner(ABC):
         paper: where it was published.
         stage: `pixels` acts before the vision tower (`grid` says how), `view` on the tokens of a view, `layers` inside
             the decoder.
-        needs: optional fields of `VisualTokens` that it reads.
+        needs: optional fields of `VisualTokens` that it reads; an instance whose options read others sets its own.
+        elsewhere: options with which a tower can serve it that lacks what the defaults need; they are ours.
         budgets: kinds of budget it takes; none for the unpruned model.
         fits_mean: whether `fit` tunes it until a mean over a benchmark is met.
         pools_views: whether scores of different views mean the same, so that views of one image may compete.
+        joins_views: whether it sees all views of an image or video at once, whatever the budget is spent on.
         sees_question: whether the choice depends on the question; if not, an image's kept tokens serve all of them.
         rewrites: whether `Selection.features` holds merged tokens.
         ascending: whether kept tokens come in raster order.
@@ -117,9 +60,11 @@ class Pruner(ABC):
     paper: ClassVar[str] = ""
     stage: ClassVar[str] = "view"
     needs: ClassVar[frozenset[str]] = frozenset()
+    elsewhere: ClassVar[Mapping[str, Any]] = {}
     budgets: ClassVar[tuple[str, ...]] = ("tokens", "ratio")
     fits_mean: ClassVar[bool] = False
     pools_views: ClassVar[bool] = True
+    joins_views: ClassVar[bool] = False
     sees_question: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
     ascending: ClassVar[bool] = True
@@ -139,6 +84,14 @@ class Pruner(ABC):
     def keeps_whole_views(self) -> bool:
         """Whether every visual token of a view reaches the language model."""
         return not self.budgets or self.stage == "layers"
+
+    def among(self, views: Sequence[VisualTokens]) -> Pruner:
+        """The same method, told of all the views of an image where one view's choice depends on the others."""
+        return self
+
+    def wording(self, question: str) -> str:
+        """The part of a question that the method reads, from which its text fields are made."""
+        return question
 
     def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
         """Score every token of a view, `(n,)` float32, higher = keep."""
@@ -252,8 +205,8 @@ def check_needs(view: VisualTokens, pruner: Pruner) -> None:
         raise UserError(
             wanted=f"{pruner.name} pruning",
             found=f"visual tokens without {', '.join(missing)}",
-            allowed="a vision tower with a CLS token (CLIP)",
-            next_step="use rcb, fastv or random with this model",
+            allowed="a vision tower that gives them: CLIP for all that speaks of a CLS token, tokens before pooling",
+            next_step="use rcb, fastv, divprune or random with this model",
         )
 
 
@@ -263,7 +216,7 @@ def check_facts(cls: type[Pruner]) -> None:
     Raises:
         UserError: naming the contradiction.
     """
-    optional = {field.name for field in fields(VisualTokens)} - {"features", "grid", "key", "native"}
+    optional = {field.name for field in fields(VisualTokens)} - {"features", "grid", "key", "native", "frames"}
     own = {name for name in ("select", "score", "count", "evidence", "fit", "grid", "schedule")
            if getattr(cls, name, None) is not getattr(Pruner, name, None)}  # fmt: skip
     said = {name: value for name in ("fits_mean", "sees_question", "rewrites", "pools_views")
@@ -278,6 +231,7 @@ def check_facts(cls: type[Pruner]) -> None:
         and "count" not in own,
         "fits_mean without `fit` and `evidence`": said.get("fits_mean") and not {"fit", "evidence"} <= own,
         "fits_mean of a method that sees the question": said.get("fits_mean") and said.get("sees_question"),
+        "views seen at once that do not compete": cls.joins_views and not said.get("pools_views"),
         "rewritten tokens of views that compete": said.get("rewrites") and said.get("pools_views"),
         "needs of a method that does not act on views": bool(cls.needs) and cls.stage != "view",
         "the stage pixels without `grid`": cls.stage == "pixels" and "grid" not in own,

@@ -20,12 +20,17 @@ def choose_views(
 ) -> list[Selection]:
     """One `Selection` per view of an image.
 
-    Under `per="image"` the views compete for the budget as one. Where a method cannot compare views (PruMerge), its
+    Under `per="image"` the views compete for the budget as one; a method that sees a video as a whole is always given
+    all its views, and spends their budgets together. Where a method cannot compare views (PruMerge), its
     counts are spread evenly over them, the first ones get what is left over.
     """
     for view in views:
         check_needs(view, pruner)
-    if per == "view" or len(views) == 1:
+    pruner = pruner.among(views)
+    if pruner.joins_views and len(views) > 1:
+        whole = pruner if per == "image" else replace(pruner, budget=pruner.budget.times(len(views)))
+        selections = _apart(whole.choose(joined(views), question), views)
+    elif per == "view" or len(views) == 1:
         selections = [pruner.choose(view, question) for view in views]
     elif pruner.pools_views:
         selections = _apart(pruner.choose(joined(views), question), views)
@@ -54,15 +59,18 @@ def joined(views: Sequence[VisualTokens]) -> VisualTokens:
         if all(isinstance(getattr(view, field.name), torch.Tensor) for view in views)
     }
     count = len(tensors["features"])
-    return VisualTokens(grid=(1, count), key=" ".join(view.key for view in views), **tensors)
+    frames = len(views) if len({len(view) for view in views}) == 1 else 1
+    return VisualTokens(grid=(1, count), key=" ".join(view.key for view in views), frames=frames, **tensors)
 
 
 def _apart(selection: Selection, views: Sequence[VisualTokens]) -> list[Selection]:
-    """A selection among joined views, as one per view; the first one carries what was forced."""
+    """A selection among joined views, as one per view; the first one carries what was forced, the last one blanks."""
     ends = list(itertools.accumulate(map(len, views)))
-    parts = []
+    parts: list[Selection] = []
     for begin, end in zip([0, *ends], ends, strict=False):
         inside = (selection.kept >= begin) & (selection.kept < end)
         forced = 0 if parts else selection.forced
-        parts.append(Selection(selection.kept[inside] - begin, selection.scores[begin:end], forced=forced))
+        blanks = selection.blanks if end == ends[-1] else 0
+        own = Selection(selection.kept[inside] - begin, selection.scores[begin:end], forced=forced, blanks=blanks)
+        parts.append(own)
     return parts

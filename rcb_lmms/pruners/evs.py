@@ -1,0 +1,60 @@
+"""EVS, efficient video sampling: what changed since the frame before stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rcb_lmms.errors import BudgetError
+from rcb_lmms.pruners.base import Pruner, VisualTokens
+from rcb_lmms.pruners.checks import check_budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EVS(Pruner):
+    """The first frame stays whole; of the others, the tokens least like the same place of the frame before.
+
+    Follows the method as vLLM runs it: one ranking over the whole video, one minus the cosine, ties to the earlier
+    token. A share is cut, not rounded, and never goes below the first frame; a number of tokens that does is refused.
+    An image of one view stays whole.
+    """
+
+    name: ClassVar[str] = "evs"
+    label: ClassVar[str] = "EVS"
+    summary: ClassVar[str] = "what changed since the frame before"
+    paper: ClassVar[str] = "NVIDIA (arXiv 2510.14624)"
+    joins_views: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_budget(self, *self.budgets)
+
+    def score(self, view: VisualTokens, question: str | None = None) -> Tensor:
+        """One minus the cosine to the frame before, `(n,)` float32; 3 in the first frame, above all others."""
+        import torch
+
+        frames = view.features.float().unflatten(0, (view.frames, -1))
+        scores = torch.full(frames.shape[:2], 3.0, device=frames.device)
+        scores[1:] = 1 - torch.cosine_similarity(frames[1:], frames[:-1], dim=-1)
+        return scores.flatten()
+
+    def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
+        """Tokens of all frames together.
+
+        Raises:
+            BudgetError: a number of tokens below the first frame's.
+        """
+        first = len(view) // view.frames
+        if self.budget.kind == "ratio":
+            return max(first, int(len(view) * self.budget.value))
+        count = self.budget.count(len(view))
+        if count < first:
+            raise BudgetError(
+                wanted=f"{count} tokens of {view.frames} frames from evs",
+                found=f"a first frame of {first} tokens, which stays whole",
+                allowed=f"{first} to {len(view)} tokens",
+                next_step="raise the budget, show more frames, or use vidcom2",
+            )
+        return count
