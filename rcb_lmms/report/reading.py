@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from rcb_lmms.files import answers_hash, no_file, read_jsonl
-
-if TYPE_CHECKING:
-    import numpy as np
+from rcb_lmms.report.scores import Samples, Scores, answer_of, mark_of, samples_of
 
 RECORD, RESULTS = "run.json", "results.json"
 # As `lmms_eval --output_path` names it: a date, a time, and this.
 HOST_RESULTS = "_results.json"
-
-# What the samples of one cluster count for.
-COMBINE: dict[str | None, Callable[[list[float]], list[float]]] = {
-    None: lambda scores: scores,
-    # CircularEval: a question is right in every rotation of its options, or wrong.
-    "circular": lambda scores: [min(scores)],
-    # MME: accuracy plus the accuracy of pairs, in percent.
-    "pairs": lambda scores: [100 * sum(scores) / 2 + 100 * min(scores)] if len(scores) == 2 else [],
-}
 
 
 class Unusable(Exception):
@@ -64,47 +53,6 @@ class _Results(BaseModel):
     groups: dict[str, dict[str, Any]] = {}
     group_subtasks: dict[str, list[str]] = {}
     counts: dict[str, dict[str, int]] = Field(alias="n-samples")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The scores of some samples and the labels of what groups them, both `(n,)`."""
-
-    values: np.ndarray
-    clusters: np.ndarray
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the samples of a task say.
-
-    Attributes:
-        parts: a list for each part of a group, of MME's pairs one for each subtask; empty where some of the samples
-            that have the metric have no score of their own.
-        documents: names the documents by their content, so that runs over different data are never compared.
-    """
-
-    parts: tuple[Samples, ...]
-    documents: str
-
-    def __len__(self) -> int:
-        return sum(len(part.values) for part in self.parts)
-
-    @property
-    def values(self) -> np.ndarray:
-        """The scores of all parts, `(n,)`."""
-        import numpy as np
-
-        return np.concatenate([part.values for part in self.parts])
-
-    @property
-    def clusters(self) -> np.ndarray:
-        """The labels of all parts, `(n,)`; no two parts share one."""
-        import numpy as np
-
-        if len(self.parts) == 1:
-            return self.parts[0].clusters
-        return np.concatenate([np.char.add(f"{number} ", part.clusters) for number, part in enumerate(self.parts)])
 
 
 @dataclass(frozen=True)
@@ -182,48 +130,26 @@ class Run:
         Raises:
             Unusable: samples that are missing, damaged or another run's.
         """
+        import numpy as np
+
         found: list[Samples] = []
+        answers: list[str] = []
+        marks: list[float] = []
         whole, digest = True, hashlib.sha256()
         for part in self.parts(task):
             rows = self.rows(part)
             try:
-                own = _samples(rows, metrics, combine, cluster)
+                own = samples_of(rows, metrics, combine, cluster)
                 # lmms-eval's own doc_hash covers the address of the image in memory, so it differs from run to run.
                 for row in rows:
                     content = [row["doc_id"], row.get("target"), row.get("doc")]
                     digest.update(json.dumps(content, sort_keys=True).encode())
+                answers += [answer_of(row) for row in rows]
+                marks += [float("nan") if (mark := mark_of(row, metrics)) is None else mark for row in rows]
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise Unusable(f"samples_{part}.jsonl is damaged: {type(error).__name__} {error}") from error
             found, whole = found + own, whole and bool(own)
-        return Scores(tuple(found) if whole else (), digest.hexdigest())
-
-
-def _samples(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], combine: str | None, cluster: str | None
-) -> list[Samples]:
-    """Samples by subtask; none if some have no score."""
-    import numpy as np
-
-    parts: dict[str, list[tuple[str, float]]] = {}
-    for row in rows:
-        metric = next((metric for metric in metrics if metric in row), None)
-        if metric is None:
-            continue
-        own = row[metric] if isinstance(row[metric], dict) else {"score": row[metric]}
-        if own.get("score") is None:
-            return []
-        label = own.get("cluster") if cluster is None else {**own, **row.get("doc", {})}.get(cluster)
-        part = own["category"] if combine == "pairs" else ""
-        parts.setdefault(part, []).append((str(row["doc_id"] if label is None else label), float(own["score"])))
-    found = []
-    for scored in parts.values():
-        if combine is not None:
-            clusters: dict[str, list[float]] = {}
-            for label, score in scored:
-                clusters.setdefault(label, []).append(score)
-            scored = [(label, value) for label, scores in clusters.items() for value in COMBINE[combine](scores)]
-        found.append(Samples(np.array([value for _, value in scored]), np.array([label for label, _ in scored])))
-    return found
+        return Scores(tuple(found) if whole else (), digest.hexdigest(), tuple(answers), np.array(marks))
 
 
 def read_run(path: Path) -> Run:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.report.agreement import agreement_columns
 from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Benchmark, Measured
 from rcb_lmms.report.reading import mean_of
 from rcb_lmms.report.statistics import accuracy_interval, mcnemar, mean_interval, paired_p
@@ -111,7 +112,8 @@ def summary_table(runs: Sequence[Measured]) -> pd.DataFrame:
     Columns: `pretrained`, `method`, `options`, `budget` (as given), `seeds`, `target_tokens`, `retained_tokens`,
     `layer_average_tokens`, then per task `<task>_accuracy`, `_low`, `_high` (95% interval over images), `_std` (over
     seeds), `_score` (official), `_retained`, then `relative` (mean over tasks of the paper's score, in percent of the
-    unpruned model's), `p_vs_random`, `questions_per_second`, `prefill_tflops` and `runs` (folder names).
+    unpruned model's), `p_vs_random`, what answers have in common with the unpruned model's (see `agreement_columns`),
+    `questions_per_second`, `prefill_tflops` and `runs` (folder names).
 
     How the tasks are shown is in the frame's `attrs["benchmarks"]`.
 
@@ -150,9 +152,11 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
     for task in tasks:
         if task in row.tasks:
             numbers |= {f"{task}_{name}": number for name, number in _task_numbers(row, task).items()}
+    unpruned, downsampled = _unpruned(row, rows), _at_budget("downsample", row, rows)
     return numbers | {
-        "relative": _relative(row, _unpruned(row, rows), tasks),
+        "relative": _relative(row, unpruned, tasks),
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
+        **agreement_columns(row.runs, unpruned and unpruned.first, downsampled and downsampled.first),
         "questions_per_second": mean_of(run.record["totals"].get("questions_per_second") for run in row.runs),
         "prefill_tflops": row.mean("prefill_tflops"),
         "runs": " ".join(run.path.name for run in row.runs),
@@ -180,9 +184,18 @@ def _unpruned(row: Setting, rows: list[Setting]) -> Setting | None:
 
 def _random(row: Setting, rows: list[Setting]) -> Setting | None:
     """The random row at the same budget."""
-    if row.first.method in ("none", "random") or row.first.target is None:
+    return None if row.first.method == "random" else _at_budget("random", row, rows)
+
+
+def _at_budget(method: str, row: Setting, rows: list[Setting]) -> Setting | None:
+    """The row of a control at the budget that a method was asked for."""
+    if row.first.target is None:
         return None
-    candidates = [other for other in rows if other.first.method == "random" and _comparable(row, other)]
+    candidates = [
+        other
+        for other in rows
+        if other.first.method == method and other.first.target is not None and _comparable(row, other)
+    ]
     return next((other for other in candidates if abs(other.first.target - row.first.target) <= 0.5), None)
 
 

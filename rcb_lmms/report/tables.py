@@ -36,6 +36,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             text[benchmark.official_label] = _column(table[f"{task}_score"], "{:.1f}")
     text["relative, %"] = _column(table["relative"], "{:.1f}")
     text["p vs random"] = [probability(p) for p in table["p_vs_random"]]
+    for name, title in AGREEMENT.items():
+        if name in table:
+            text[title] = _column(100 * table[name].astype(float), "{:.1f}")
     text["questions/s"] = _column(table["questions_per_second"], "{:.1f}")
     text[f"prefill {unit}"] = _column(table["prefill_tflops"] * factor, "{:.3g}")
     frame = pd.DataFrame(text, index=table.index)
@@ -99,13 +102,23 @@ def _column(values: pd.Series, form: str) -> list[str]:
     return ["" if pd.isna(value) else form.format(value) for value in values]
 
 
+AGREEMENT = {
+    "agreement": "same answer, %",
+    "right_to_wrong": "right to wrong, %",
+    "wrong_to_right": "wrong to right, %",
+    "hard_accuracy": "hard samples, %",
+}
+
 LEGEND = """\
 Accuracy in brackets: 95% confidence interval, a bootstrap over images; ±: standard deviation over seeds. Retained: \
 visual tokens per question that the language model receives; layer average: over the layers of the decoder, which for \
 FastV includes its full first layers. Relative: the paper's score of each task in percent of the unpruned model's, \
 averaged over the tasks. p vs random: random pruning at the same budget, averaged over its seeds sample by sample; \
 permutation of whole images, two-sided, all tasks together. `lmms_eval` logs no documents: questions of its results \
-are taken for independent where their scores do not name what groups them."""
+are taken for independent where their scores do not name what groups them. Same answer: share of all \
+samples to which the unpruned model gives the same answer, case and spaces apart; right to wrong, wrong to right: \
+answers that pruning loses and gains. Hard samples: accuracy on those that the unpruned model gets right and \
+`downsample` at the same budget gets wrong (VTC-Bench's grouping)."""
 
 
 def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:

@@ -1,0 +1,72 @@
+"""Run folders with answers, as `run_evaluation` leaves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NATIVE = 16
+
+
+def save_run(
+    folder: Path,
+    method: str,
+    answers: Sequence[str],
+    targets: Sequence[str],
+    *,
+    keep: int | None = None,
+    seed: int | None = None,
+    kept: Sequence[Sequence[str]] | None = None,
+    questions: Sequence[str] | None = None,
+    categories: Sequence[str] | None = None,
+    task: str = "rcb_pope",
+    metric: str = "rcb_pope_accuracy",
+    **record: Any,
+) -> Path:
+    """A run of `rcb_pope`: an answer is right if it is the target; two questions about each image."""
+    arguments = {"pretrained": "lab"} | ({"keep": str(keep)} if keep else {}) | ({"seed": str(seed)} if seed else {})
+    tokens = float(keep or NATIVE)
+    achieved = {
+        "samples": len(answers),
+        "native_visual_tokens": float(NATIVE),
+        "retained_visual_tokens": tokens,
+        "retained_min": tokens,
+        "retained_max": tokens,
+        "layer_average_visual_tokens": tokens,
+        "prefill_tflops": tokens / 1000,
+    }
+    content = {
+        "status": "success",
+        "model": f"llava_{'full' if method == 'none' else method}",
+        "arguments": arguments,
+        "tasks": [task],
+        "limit": None,
+        "resolved": {"family": "llava", "pruner": {"budget": f"tokens={keep}" if keep else "None"}},
+        "calibrations": {},
+        "achieved": {task: achieved},
+        "failures": [],
+        "totals": {"questions": len(answers), "questions_per_second": 100 / tokens, "seconds": tokens},
+    }
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(content | record))
+    size = {"original": len(answers), "effective": len(answers)}
+    (folder / "results.json").write_text(json.dumps({"results": {task: {}}, "n-samples": {task: size}}))
+    lines = []
+    for number, (answer, target) in enumerate(zip(answers, targets, strict=True)):
+        score = {"score": float(answer.strip().lower() == target), "cluster": f"image{number // 2}", "answer": target}
+        question = questions[number] if questions else f"Is there object {number}?"
+        own = kept[number] if kept else []
+        row = {
+            "doc_id": number,
+            "target": target,
+            "doc": {"question": question, "category": categories[number] if categories else "random"},
+            "arguments": [f"{question}\nAnswer yes or no.", {}, number, task, "test"],
+            "filtered_resps": [answer],
+            "token_counts": [{"visual_native": NATIVE, "visual_kept": int(tokens), "kept": own}],
+            metric: score,
+        }
+        lines.append(json.dumps(row) + "\n")
+    (folder / f"samples_{task}.jsonl").write_text("".join(lines))
+    return folder
