@@ -638,6 +638,17 @@ def test_fastv_by_either_convention_is_one_budget(calibrated):
     assert at_one["layer_average"]["target"] == (16 + 3 * 5) / 4
 
 
+def test_a_baseline_of_several_steps_is_matched_by_name_and_by_what_layers_process():
+    class Whole:
+        native = 576.0
+
+    both = Target.parse("sparsevlm:64").by_convention(Whole, 32)
+    assert both == {"tokens": 64, "layer_average": pytest.approx(82.25)}
+    assert Target.parse("visionzip:64").by_convention(Whole, 32) == {"tokens": 64, "layer_average": 64}
+    with pytest.raises(UserError, match="no such target"):
+        Target.parse("sparsevlm:layer=3:rank=64")
+
+
 def test_a_floor_above_the_target_is_refused(ask, calibrated, codebook_file, next_checkpoint):
     with pytest.raises(UserError, match=r"a mean of 4 retained tokens(.|\n)*min_keep=9"):
         ask(keep=4, min_keep=9)  # before a model is loaded

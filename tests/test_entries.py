@@ -30,7 +30,8 @@ ALL = [(family, method) for family in ENTRIES for method in ENTRIES[family]]
 REFUSED = [("llava_onevision", "prumerge"), ("llava_onevision", "prumerge_plus")]
 # Four by four patches hardly have attention outliers: PruMerge keeps one centre and the residual token. EVS keeps the
 # first frame whole, and an image's only view with it.
-BUDGETS = {"full": {}, "prumerge": {"keep": 2.5}, "rcb": {"ratio": 0.3}, "evs": {"ratio": 0.5}}
+BUDGETS = {"full": {}, "prumerge": {"keep": 2.5}, "rcb": {"ratio": 0.3}, "evs": {"ratio": 0.5},
+           "pyramiddrop": {"ratio": 0.6}, "v2drop": {"ratio": 0.6}, "dart": {"ratio": 0.75}}  # fmt: skip
 # Wide, tall and square: a base view and 2, 2 or 4 tiles.
 WIDE, TALL, SQUARE = (112, 56), (56, 112), (112, 112)
 
@@ -157,9 +158,9 @@ def test_every_entry_answers_in_batches_as_one_by_one_or_is_refused(
     texts, counts = ask(one, documents)
     many = entry(family, method, batch_size=4, **budget)
     together, same_counts = ask(many, documents)
+    assert one.run.failures == many.run.failures == []
     assert texts == together
     assert [row.to_dict() for row in counts] == [row.to_dict() for row in same_counts]
-    assert one.run.failures == many.run.failures == []
     assert len(set(texts)) > 4
     assert counts[-1].visual_native == counts[-1].visual_kept == 0
     if method in ("prumerge_plus", "fastv", "random", "stride"):

@@ -372,6 +372,27 @@ def test_attention_and_keys_of_two_blocks_are_those_of_eager_attention(clip_towe
     torch.testing.assert_close(found["cls_features"], eager.hidden_states[-2][:, :1])
 
 
+def test_attention_of_a_tower_without_cls_token_is_that_of_eager_attention():
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    from rcb_lmms.families.towers import optional_fields
+
+    sizes = {name: value for name, value in tiny.VISION.items() if name not in ("projection_dim", "initializer_range")}
+    torch.manual_seed(4)
+    model = SiglipVisionModel(
+        SiglipVisionConfig(**{**sizes, "num_hidden_layers": 6}, attn_implementation="eager")
+    ).eval()
+    tower = getattr(model, "vision_model", model)
+    with torch.inference_mode():
+        eager = model(torch.randn(2, 3, 56, 56), output_attentions=True, output_hidden_states=True)
+        needs = {"received_attention", "object_attention"}
+        found = optional_fields(tower, eager.hidden_states, -1, False, needs)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(found["received_attention"], eager.attentions[5].mean((1, 2)), **close)
+    # A third of the depth: block 2 of 6.
+    torch.testing.assert_close(found["object_attention"], eager.attentions[2].mean((1, 2)), **close)
+
+
 @pytest.fixture(scope="module")
 def clip_model(clip_folder):
     from transformers import CLIPModel
@@ -410,6 +431,13 @@ def test_a_text_longer_than_clips_is_read_in_segments(clip_folder, clip_model):
         found = space.text(words)
     assert len(rows) == 3
     torch.testing.assert_close(found, torch.stack(rows))
+
+
+def test_a_session_without_its_clip_model_is_refused_before_the_first_question(family, tmp_path):
+    from rcb_lmms.engine.session import Session
+
+    with pytest.raises(UserError, match="the text tower of the CLIP model"):
+        Session(family, make_pruner("cdpruner", budget=Budget.tokens(4), clip=str(tmp_path)))
 
 
 def test_a_clip_model_that_is_not_there_or_of_another_width_is_refused(clip_folder, tmp_path):

@@ -45,6 +45,10 @@ METHODS = {
     "cdpruner": {},
     "vidcom2": {},
     "evs": {},
+    "pyramiddrop": {},
+    "sparsevlm": {},
+    "dart": {},
+    "v2drop": {},
 }
 MERGING = {name for name in METHODS if PRUNERS[name].rewrites}
 PRUMERGE = ("prumerge", "prumerge_plus")

@@ -193,7 +193,7 @@ def test_views_are_those_of_the_plain_tower_fed_with_each_view(make, name):
         for field, expected in plain.items():
             torch.testing.assert_close(getattr(view, field).double(), expected.double(), rtol=0, atol=1e-5)
         torch.testing.assert_close(family.project(view.encoder_features), view.features, rtol=0, atol=1e-5)
-    assert set(plain) == {"features", *family.provides}
+    assert set(plain) <= {"features", *family.provides}  # test_methods.py has the others, against eager attention
     bare = family.encode([image])[0]
     assert all(view.encoder_features is view.keys is view.cls_similarity is None for view in bare)
 

@@ -20,7 +20,8 @@ from rcb_lmms.families.packed import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcb_lmms.pruners.base import LayerStep, Pruner
+    from rcb_lmms.pruners.base import Pruner
+    from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
 
 @dataclass
@@ -197,7 +198,18 @@ def prune_prompts(
     """Prune inside the decoder by the schedules of a batch's prompts; those without images have an empty one."""
     longest = max(steps, key=len)
     schedule = [(step.layer, [own[index].keep if own else 0 for own in steps]) for index, step in enumerate(longest)]
-    return prune_in_layers(model, steps=schedule, spans=spans, mode=pruner.mode, positions=pruner.positions)
+
+    def select(row: int, index: int, view: LayerView) -> LayerChoice:
+        return pruner.select_in_layer(view, steps[row][index])
+
+    return prune_in_layers(
+        model,
+        steps=schedule,
+        spans=spans,
+        mode=pruner.mode,
+        positions=pruner.positions,
+        select=select if pruner.selects_in_layer else None,
+    )
 
 
 def shares(prompt: Prompt, per: str) -> int:

@@ -62,25 +62,27 @@ def last_row_attention(
         position_embeddings: cosine and sine, `(b or 1, n, head width)`.
         valid: `(b, n)` False for padding.
     """
-    queries = _heads(attention, "q", hidden[:, -1:])  # (b, h, 1, e)
-    keys = _heads(attention, "k", hidden)  # (b, g, n, e)
+    queries = heads_of(attention, "q", hidden[:, -1:])  # (b, h, 1, e)
+    keys = heads_of(attention, "k", hidden)  # (b, g, n, e)
     cosine, sine = (part[:, None] for part in position_embeddings)
-    queries = _rotate(queries, cosine[:, :, -1:], sine[:, :, -1:]).float()
-    keys = _rotate(keys, cosine, sine).float()
+    queries = rotate(queries, cosine[:, :, -1:], sine[:, :, -1:]).float()
+    keys = rotate(keys, cosine, sine).float()
     queries = queries.reshape(len(keys), keys.shape[1], -1, keys.shape[3])  # query heads grouped by their key head
     logits = queries @ keys.transpose(2, 3) * attention.scaling
     logits = logits.masked_fill(~valid.to(logits.device)[:, None, None], -torch.inf)
     return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def _heads(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
+def heads_of(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
+    """Queries (`q`) or keys (`k`) of a Llama-like attention module, `(b, heads, n, e)`, before they are rotated."""
     states = getattr(attention, f"{kind}_proj")(hidden)
     states = states.view(*hidden.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{kind}_norm", None)
     return (states if norm is None else norm(states)).transpose(1, 2)
 
 
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding `(..., n, e)` of positions whose cosine and sine are given."""
     first, second = states.chunk(2, dim=-1)
     return states * cosine + torch.cat([-second, first], dim=-1) * sine
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +27,13 @@ from rcb_lmms.engine.layer_inputs import (
     counts,
     find_decoder,
 )
+from rcb_lmms.engine.layer_steps import Keep, Step
+from rcb_lmms.engine.layer_views import Watch
 from rcb_lmms.errors import UserError
+from rcb_lmms.pruners.tokens import LayerChoice, LayerView
 
 Spans = Span | Sequence[Span | Sequence[Span]]
-Keep = int | Sequence[int]
+Select = Callable[[int, int, LayerView], LayerChoice]
 
 
 @contextlib.contextmanager
@@ -51,6 +53,7 @@ def prune_in_layers(
     spans: Spans,
     mode: str = "drop",
     positions: str = "original",
+    select: Select | None = None,
 ) -> Iterator[LayerPruning]:
     """Prune every prefill inside the block; works for `forward` and `generate`, batched with left padding.
 
@@ -67,6 +70,8 @@ def prune_in_layers(
             hides the pruned keys from later layers.
         positions: `original` keeps every token's rotary position, `contiguous` renumbers at every step what it leaves,
             so that decoded tokens follow without a gap; the latter needs `drop`.
+        select: `select(row, step, view)` chooses what stays of one prompt at a step; without it the attention of the
+            last token in the layer before decides. It needs `drop`.
 
     Yields:
         LayerPruning: what the latest prefill kept, and why.
@@ -77,7 +82,7 @@ def prune_in_layers(
     """
     decoder = find_decoder(model)
     check_schedule(decoder, [layer for layer, _ in steps], mode, positions)
-    pruning = LayerPruning(decoder, [Step(*step) for step in steps], spans, mode, positions)
+    pruning = LayerPruning(decoder, [Step(*step) for step in steps], spans, mode, positions, select)
     outer = _active_on(decoder)
     try:
         if outer is not None:
@@ -90,29 +95,6 @@ def prune_in_layers(
             outer._attach()
 
 
-@dataclass
-class Step:
-    """One step of a schedule, and what it did in the latest prefill; the lists hold one CPU tensor per row.
-
-    Attributes:
-        layer: layers that have run when it prunes.
-        keep: candidates that stay, for all rows or one number per row.
-        kept: `(keep,)` int64 positions, in the padded sequence, of the candidates that stayed, ascending.
-        scores: `(candidates,)` float32 attention of the last token to each candidate that was left, by rising position.
-    """
-
-    layer: int
-    keep: Keep
-    kept: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    # Positions in the padded prompt that the layers from here on see as queries, and whether they see them as keys.
-    queries: Tensor | None = None  # (b, r)
-    valid: Tensor | None = None  # (b, r)
-    stays: Tensor | None = None  # (b, n)
-    lost: Tensor | None = None  # (b,) tokens that this step and those before it dropped
-    changed: dict[str, Any] = field(default_factory=dict)  # arguments of these layers
-
-
 class LayerPruning:
     """What the latest prefill under `prune_in_layers` kept.
 
@@ -120,8 +102,16 @@ class LayerPruning:
         steps: the schedule, with what each step kept.
     """
 
-    def __init__(self, decoder: nn.Module, steps: list[Step], spans: Spans, mode: str, positions: str):
-        self.steps = steps
+    def __init__(
+        self,
+        decoder: nn.Module,
+        steps: list[Step],
+        spans: Spans,
+        mode: str,
+        positions: str,
+        select: Select | None = None,
+    ):
+        self.steps, self._select, self._watch = steps, select, Watch()
         self._decoder, self._spans, self._mode, self._positions = decoder, spans, mode, positions
         self._handles: list[Any] = []
         self._start(None)
@@ -146,7 +136,10 @@ class LayerPruning:
         layers, ends = self._decoder.layers, [step.layer for step in self.steps[1:]] + [len(self._decoder.layers)]
         hooks = [(self._decoder, self._on_decoder)]
         for index, (step, end) in enumerate(zip(self.steps, ends, strict=True)):
-            hooks.append((layers[step.layer - 1].self_attn, functools.partial(self._on_attention, index)))
+            if self._select is None:
+                hooks.append((layers[step.layer - 1].self_attn, functools.partial(self._on_attention, index)))
+            else:
+                hooks += self._watch.hooks(self._decoder, step.layer, index == 0)
             hooks.append((layers[step.layer], functools.partial(self._on_first_pruned_layer, index)))
             hooks += [(layers[later], functools.partial(_on_later_layer, step)) for later in range(step.layer + 1, end)]
         self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
@@ -178,42 +171,51 @@ class LayerPruning:
         if not self._prefill:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        if index == 0:
-            batch, self._length = hidden.shape[:2]
-            if self._padding is None:
-                self._padding = torch.ones(batch, self._length, dtype=torch.bool)
-            check_left_padding(self._padding)
-            where_each, stays, valid = candidates(self._spans, self._padding), self._padding, self._padding
-            queries = torch.arange(self._length).expand(batch, -1)
-        else:
-            before = self.steps[index - 1]
-            where_each, stays, valid, queries = before.kept, before.stays, before.valid, before.queries
+        where_each, stays, valid, queries = self._left(index, hidden)
         row = last_row_attention(attention, hidden, kwargs["position_embeddings"], valid).cpu()
         row = torch.zeros(stays.shape).scatter_add_(1, queries, row)  # (b, n); padding adds nothing
         step = self.steps[index]
         step.scores = [scores[where] for scores, where in zip(row, where_each, strict=True)]
-        step.kept = [
+        step.kept = step.slots = step.origins = [
             where[scores.argsort(descending=True, stable=True)[:count]].sort().values
             for scores, where, count in zip(step.scores, where_each, counts(step.keep, where_each), strict=True)
         ]
-        self._plan(step, stays.clone(), where_each)
+        step.plan(stays.clone(), where_each, self._padding, self._mode)
 
-    def _plan(self, step: Step, stays: Tensor, candidates: list[Tensor]) -> None:
-        """Which positions the later layers see: padding and pruned candidates go, rows are left-padded again."""
-        for row, where, kept in zip(stays, candidates, step.kept, strict=True):
-            row[where] = False
-            row[kept] = True
-        step.stays, step.lost = stays, self._padding.sum(1) - stays.sum(1)
-        if self._mode == "mask":
-            step.queries, step.valid = torch.arange(self._length).expand(len(stays), -1), stays
-            return
-        longest = int(stays.sum(dim=1).max())
-        step.queries = torch.zeros(len(stays), longest, dtype=torch.long)
-        step.valid = torch.zeros(len(stays), longest, dtype=torch.bool)
-        for row, queries, valid in zip(stays, step.queries, step.valid, strict=True):
-            positions = row.nonzero().squeeze(1)
-            queries[longest - len(positions) :] = positions
-            valid[longest - len(positions) :] = True
+    def _left(self, index: int, hidden: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """What the step before left: candidates of each row, `stays (b, n)`, and `valid`, `queries (b, r)`."""
+        if index:
+            before = self.steps[index - 1]
+            return before.slots, before.stays, before.valid, before.queries
+        batch, self._length = hidden.shape[:2]
+        if self._padding is None:
+            self._padding = torch.ones(batch, self._length, dtype=torch.bool)
+        check_left_padding(self._padding)
+        everything = torch.arange(self._length).expand(batch, -1)
+        return candidates(self._spans, self._padding), self._padding, self._padding, everything
+
+    def _choose(self, index: int, hidden: Tensor) -> None:
+        """Have the method choose among what the step before left, row by row."""
+        step = self.steps[index]
+        where_each, stays, valid, queries = self._left(index, hidden)
+        first_each = where_each if index == 0 else self._first
+        self._first = first_each
+        step.forget()
+        for row, where in enumerate(where_each):
+            if not len(where):  # a prompt without images
+                choice = LayerChoice(where, torch.zeros(0))
+            else:
+                columns = valid[row].nonzero().squeeze(1)
+                padding = int((~self._padding[row]).sum())
+                positions = queries[row, columns]
+                view = self._watch.view(
+                    self._decoder, step.layer, hidden, row, columns, torch.searchsorted(positions, where),
+                    positions - padding, first_each[row] - padding, index,
+                )  # fmt: skip
+                choice = self._select(row, index, view)
+            known = where if index == 0 else self.steps[index - 1].origins[row]
+            step.take(where, known, choice, hidden[row], queries[row], valid[row])
+        step.plan(stays.clone(), where_each, self._padding, self._mode)
 
     def _on_first_pruned_layer(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -223,13 +225,15 @@ class LayerPruning:
         step = self.steps[index]
         if self._prefill:
             self._cache = kwargs.get("past_key_values")
+            if self._select is not None:
+                self._choose(index, hidden)
             keys, valid, queries = step.queries, step.valid, step.queries
         else:
             keys, valid, queries = self._decoded(step, hidden.shape[1])
         implementation = self._decoder.config._attn_implementation
         step.changed = {"attention_mask": causal_mask(keys, valid, queries, hidden, implementation)}
         if self._prefill and self._mode == "drop":
-            hidden = gather(hidden, self._places(index))
+            hidden = step.moved(gather(hidden, self._places(index)))
         if self._mode == "drop" and (self._prefill or self._positions == "contiguous"):
             step.changed |= self._placed(step, hidden, kwargs)
         return (hidden, *rest), {**kwargs, **step.changed}

@@ -25,6 +25,7 @@ from rcb_lmms.engine.ledger import ledger_row, pack_kept
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Answer, Question, Turns, content_of, said
 from rcb_lmms.errors import BudgetError, UserError
+from rcb_lmms.families.clip import space_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,7 @@ class Session:
                 next_step="engine=auto",
             )
         self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
+        space_of(family, pruner)  # refused here rather than at every question
         self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
         self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)

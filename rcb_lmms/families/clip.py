@@ -31,12 +31,24 @@ def asked(family: Family, views: Sequence[VisualTokens], pruner: Pruner, questio
         if "question_embeddings" in pruner.needs:
             ids = family.tokenizer(text, add_special_tokens=False).input_ids
             fields["question_embeddings"] = family.model.get_input_embeddings()(torch.tensor(ids, device=family.device))
-        if not pruner.needs & {"text_embeddings", "patch_embeddings"} or views[0].encoder_features is None:
+        space = space_of(family, pruner)
+        if space is None or views[0].encoder_features is None:
             return [replace(view, **fields) for view in views] if fields else list(views)
-        space = family.clip_spaces.get(pruner.clip) or ClipSpace(pruner.clip, family.device)
-        family.clip_spaces[pruner.clip] = space
         fields["text_embeddings"] = space.text(text)
         return [replace(view, **fields, patch_embeddings=space.patches(view.encoder_features)) for view in views]
+
+
+def space_of(family: Family, pruner: Pruner) -> ClipSpace | None:
+    """The CLIP model that a method reads texts with, loaded once for a family; `None` if it reads none.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if not pruner.needs & {"text_embeddings", "patch_embeddings"}:
+        return None
+    if pruner.clip not in family.clip_spaces:
+        family.clip_spaces[pruner.clip] = ClipSpace(pruner.clip, family.device)
+    return family.clip_spaces[pruner.clip]
 
 
 class ClipSpace:

@@ -12,6 +12,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens, check_facts
 from rcb_lmms.pruners.cdpruner import CDPruner
 from rcb_lmms.pruners.checks import check_choice
+from rcb_lmms.pruners.dart import DART
 from rcb_lmms.pruners.divprune import DivPrune
 from rcb_lmms.pruners.downsample import Downsample
 from rcb_lmms.pruners.evs import EVS
@@ -20,10 +21,13 @@ from rcb_lmms.pruners.hiprune import HiPrune
 from rcb_lmms.pruners.holov import HoloV
 from rcb_lmms.pruners.none import NoPruning
 from rcb_lmms.pruners.prumerge import PruMerge, PruMergePlus
+from rcb_lmms.pruners.pyramiddrop import PyramidDrop
 from rcb_lmms.pruners.random import RandomPruning
 from rcb_lmms.pruners.rcb import RCB
 from rcb_lmms.pruners.scope import Scope
+from rcb_lmms.pruners.sparsevlm import SparseVLM
 from rcb_lmms.pruners.stride import Stride
+from rcb_lmms.pruners.v2drop import V2Drop
 from rcb_lmms.pruners.vidcom2 import VidCom2
 from rcb_lmms.pruners.views import choose_views
 from rcb_lmms.pruners.visionzip import VisionZip
@@ -79,6 +83,7 @@ def _register_outside() -> None:
 for _method in (
     NoPruning, RCB, PruMerge, PruMergePlus, FastV, RandomPruning, Stride, Downsample,
     VisionZip, DivPrune, VisPruner, FasterVLM, Scope, HoloV, HiPrune, CDPruner, VidCom2, EVS,
+    PyramidDrop, SparseVLM, DART, V2Drop,
 ):  # fmt: skip
     register(_method)
 _register_outside()

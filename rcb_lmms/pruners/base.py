@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import BudgetError, UserError
-from rcb_lmms.pruners.tokens import LayerStep, Selection, VisualTokens
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class Pruner(ABC):
         rewrites: whether `Selection.features` holds merged tokens.
         ascending: whether kept tokens come in raster order.
         reprunes: of a layer method, whether every decoded token prunes the prompt anew.
+        layer: of a layer method of one step, how many layers see every token.
         mode: of a layer method, `drop` or `mask`; see `rcb_lmms.engine.layer_pruning.prune_in_layers`.
         positions: of a layer method, `original` or `contiguous`; see there.
         least: tokens that it leaves of a view at least.
@@ -72,8 +73,9 @@ class Pruner(ABC):
     positions: ClassVar[str] = "original"
     least: ClassVar[int] = 1
     official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    # No annotation: FastV makes it a field, whose place among its fields an annotation here would take.
+    # No annotations: FastV makes them fields, whose places among its fields an annotation here would take.
     mode = "drop"
+    layer = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -84,6 +86,11 @@ class Pruner(ABC):
     def keeps_whole_views(self) -> bool:
         """Whether every visual token of a view reaches the language model."""
         return not self.budgets or self.stage == "layers"
+
+    @property
+    def selects_in_layer(self) -> bool:
+        """Whether a layer method chooses by `select_in_layer` of its own."""
+        return type(self).select_in_layer is not Pruner.select_in_layer
 
     def among(self, views: Sequence[VisualTokens]) -> Pruner:
         """The same method, told of all the views of an image where one view's choice depends on the others."""
@@ -145,6 +152,13 @@ class Pruner(ABC):
 
         Raises:
             BudgetError: a budget above what the views have, or one that no schedule meets.
+        """
+        raise NotImplementedError
+
+    def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
+        """Choose what stays of one prompt at a step of the schedule.
+
+        A method without it keeps what the last prompt token attends to most in the layer before, mean over heads.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,56 @@ class Selection:
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One step of a layer method's schedule: decoder layers from `layer` on see `keep` of a prompt's visual tokens."""
+    """One step of a layer method's schedule: decoder layers from `layer` on see `keep` of a prompt's visual tokens.
+
+    `ranked` of them are the best ones, the others merged from those that go; `None` says that none are merged.
+    """
 
     layer: int
     keep: int
+    ranked: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One prompt inside the decoder, at a step of a schedule, where it has `m` tokens.
+
+    Attributes:
+        step: number of the step, from 0.
+        hidden: `(m, d)` what the next layer gets; `before` is what the layer before it got.
+        candidates: `(c,)` indices among the `m` of the visual tokens that may go, ascending.
+        places: `(m,)` positions in the unpruned prompt; merged tokens take those of tokens that went.
+        embeds: `(p, d)` the unpruned prompt's input embeddings, and `visual (v,)`, where its visual tokens stand.
+        rope: cosine and sine of the tokens' present rotary positions, `(m, e)` each.
+        attention: `attention("before" | "next", rows)` is the attention `(heads, r, m)`, float32, of the tokens `rows`
+            in the layer before or in the next one.
+        keys: `keys()` are the keys `(m, heads * e)` of the layer before, rotated, one for every query head.
+        norm: the decoder's last norm.
+    """
+
+    step: int
+    hidden: Tensor
+    before: Tensor
+    candidates: Tensor
+    places: Tensor
+    embeds: Tensor
+    visual: Tensor
+    rope: tuple[Tensor, Tensor]
+    attention: Callable[[str, Tensor], Tensor]
+    keys: Callable[[], Tensor]
+    norm: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What stays of the candidates of a `LayerView`.
+
+    Attributes:
+        kept: `(k,)` indices among the candidates, ascending.
+        scores: `(c,)` float32, higher = keep.
+        merged: `(r, d)` hidden states that follow the kept visual tokens.
+    """
+
+    kept: Tensor
+    scores: Tensor
+    merged: Tensor | None = None

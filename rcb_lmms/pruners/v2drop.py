@@ -1,0 +1,61 @@
+"""V2Drop: visual tokens that the decoder's layers hardly change go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rcb_lmms.pruners.attention import largest
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.checks import check_budget
+from rcb_lmms.pruners.none import keep_all
+from rcb_lmms.pruners.schedules import layers_of, mean_tokens, solved, spent
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
+
+
+@dataclass(frozen=True)
+class V2Drop(Pruner):
+    """A share of what is left stays behind two layers, and one token behind a third.
+
+    Follows xuyang-liu16/V2Drop at 219e03e: a token counts by how far the layer before moved its hidden state; rotary
+    positions keep their gaps. As released, the share is one half behind 3 and 17 of 32 layers, a mean of 202.8 of 576;
+    a budget is this mean, for which the share is solved. Under a causal mask visual tokens do not see the question
+    behind them.
+
+    Attributes:
+        layers: as `3-17-22`, the released ones; by default the same shares of the decoder's depth.
+    """
+
+    layers: str = ""
+
+    name: ClassVar[str] = "v2drop"
+    label: ClassVar[str] = "V2Drop"
+    summary: ClassVar[str] = "inside the LLM, by how far layers move a token"
+    paper: ClassVar[str] = "Chen et al., CVPR 2026 (arXiv 2509.01552)"
+    stage: ClassVar[str] = "layers"
+
+    def __post_init__(self) -> None:
+        check_budget(self, *self.budgets)
+
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
+        """Every token, since nothing is known before the decoder has run; every score is 0."""
+        return keep_all(view)
+
+    def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
+        """Steps whose mean over the layers is the budget; shares are of what is left, cut, at least one token."""
+        behind = layers_of(self.name, self.layers, (3, 17, 22), layers)
+
+        def counts(share: float) -> list[int]:
+            own = [native]
+            for _ in behind[:-1]:
+                own.append(max(1, int(own[-1] * share)))
+            return [*own[1:], 1]
+
+        target = spent(self.budget, native, shares, encoded)
+        found = solved(self.name, counts, lambda own: mean_tokens(own, behind, native, layers), target)
+        return [LayerStep(layer, count) for layer, count in zip(behind, found, strict=True)]
+
+    def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
+        """By the length of what the layer before added."""
+        scores = (view.hidden - view.before)[view.candidates].float().norm(dim=1)
+        return LayerChoice(largest(scores, step.keep).sort().values, scores)
