@@ -59,6 +59,47 @@ def test_batches_windows_and_company_change_no_answer(family):
     assert session(family, batch_size=4).answer(questions, **drawn)[3:] == some
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_original_positions_are_those_of_an_unpruned_prompt_with_holes(family, name, tmp_path):
+    if name == "llava_next":
+        import tiny_next
+
+        family = load_family(tiny_next.save_next(tmp_path / "next"), pack="flat")
+    questions = [Question(f"What is {n}?", [tiny.random_image(n, 56 + 20 * n, 56)], name=str(n)) for n in range(3)]
+    asked_twice = session(family, positions="original", batch_size=3)
+    answers = asked_twice.answer(questions, **FAST)
+    holes = []
+    for question in questions:
+        messages, visuals = question.load(family)
+        packed = asked_twice.encoder.packed(visuals, make_pruner("none"))
+        prompt = family.embed(family.chat(messages), packed)
+        mask = torch.ones(1, len(prompt), dtype=torch.long)
+        mask[0, prompt.spans[0][0] : prompt.spans[-1][1]] = 0
+        trace, begin = asked_twice.trace(question), prompt.spans[0][0]
+        for view, own in zip(trace.views[0], trace.selections[0], strict=True):
+            mask[0, begin + own.kept] = 1
+            begin += len(view)
+        ids = family.model.generate(
+            inputs_embeds=prompt.embeds[None], attention_mask=mask, position_ids=torch.arange(len(prompt))[None],
+            do_sample=False, pad_token_id=family.tokenizer.pad_token_id, **FAST,
+        )  # fmt: skip
+        holes.append(family.tokenizer.decode(ids[0], skip_special_tokens=True))
+    assert [answer.text for answer in answers] == holes
+    assert holes != [answer.text for answer in session(family).answer(questions, **FAST)]
+    one = session(family, positions="original", batch_size=1).answer(questions, **FAST)
+    assert one == answers
+
+
+def test_positions_of_an_unpruned_prompt_count_against_the_context(family):
+    own = session(family, positions="original")
+    own.context = len(family.embed(family.prompt("What is 0?"), [family.pack_base(torch.zeros(16, tiny.WIDTH))])) + 3
+    (answer,) = own.answer(asked(1), **FAST)
+    assert "the model's context" in answer.error
+    short = session(family)
+    short.context = own.context
+    assert short.answer(asked(1), **FAST)[0].error is None
+
+
 @pytest.mark.parametrize("token", ["<image>", "<video>", "<s>", "</s>", "<pad>"])
 def test_special_tokens_that_somebody_typed_are_words(family, token):
     ids = family.prompt(f"Is there a {token} here?")

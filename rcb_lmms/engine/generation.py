@@ -58,6 +58,17 @@ def left_pad(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int]]:
     return embeds, mask, starts
 
 
+def _places(prompts: Sequence[Prompt], starts: Sequence[int], mask: Tensor) -> dict[str, Tensor]:
+    """Arguments for prompts whose tokens keep the positions of an unpruned prompt."""
+    if all(prompt.places is None for prompt in prompts):
+        return {}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        if prompt.places is not None:
+            positions[row, start:] = prompt.places.to(positions.device)
+    return {"position_ids": positions}
+
+
 def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> Tensor:
     """`(p, vocabulary)` float32 logits after each prompt's last position, in the order given.
 
@@ -104,7 +115,7 @@ def generate(
             spans = [prompt.spans_from(start) for prompt, start in zip(prompts, starts, strict=True)]
             pruning = stack.enter_context(prune_prompts(family.model, pruner, steps, spans))
         pad = family.tokenizer.pad_token_id or family.tokenizer.eos_token_id
-        fixed = {"pad_token_id": pad, "logits_processor": [watch]}
+        fixed = {"pad_token_id": pad, "logits_processor": [watch], **_places(prompts, starts, mask)}
         if pruning is not None and pruner.reprunes:
             ids, first_kept = _generate_anew(family, embeds, mask, options, fixed, pruning)
         else:

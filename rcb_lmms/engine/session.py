@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.cost import DecoderShape
@@ -76,8 +77,10 @@ class Session:
         engine: `auto` or `transformers`, in this process.
         batch_size: questions per forward pass; halved for good when memory runs out.
         per: `view` or `image`: what the budget is spent on.
+        positions: `contiguous` numbers what stays; `original` leaves every token of the prompt and the answer at the
+            rotary position that it would have without pruning before the language model.
         seed: of answers that are drawn at random.
-        encoder: of another session on the same model, to share its encoded images.
+        encoder: of another session on the same model, to share its images.
 
     Attributes:
         seconds: spent so far on `open`, `encode` (the tower, choosing and packing) and `generate`.
@@ -91,6 +94,7 @@ class Session:
         engine: str = "auto",
         batch_size: int = 8,
         per: str = "view",
+        positions: str = "contiguous",
         seed: int = 0,
         encoder: ImageEncoder | None = None,
     ):
@@ -103,7 +107,7 @@ class Session:
             )
         self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
         space_of(family, pruner)  # refused here rather than at every question
-        self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
+        self.positions, self.encoder = positions, encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
         self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
         self.seconds: Counter[str] = Counter()
@@ -111,7 +115,7 @@ class Session:
     def with_pruner(self, pruner: Pruner) -> Session:
         """Another method on the same model and the same encoded images."""
         self.encoder.add_needs(pruner.needs)
-        options = {"batch_size": self.batch_size, "per": self.per, "seed": self.seed}
+        options = {"batch_size": self.batch_size, "per": self.per, "positions": self.positions, "seed": self.seed}
         other = Session(self.family, pruner, encoder=self.encoder, **options)
         other.seconds = self.seconds
         return other
@@ -195,11 +199,14 @@ class Session:
         if len(said(messages)) > longest:
             raise self._too_long(f"a text of {len(said(messages))} characters")
         ids = self.family.chat(messages)
-        length = len(ids) + sum(len(own.rows) - 1 for own in packed)
+        whole = self.positions == "original"  # then pruned tokens take up positions too
+        length = len(ids) + sum((own.extent if whole and own.extent else len(own.rows)) - 1 for own in packed)
         if self.context is not None and length >= self.context:
             raise self._too_long(f"a prompt of {length} tokens")
         kept = tuple(view for own in packed for view in own.kept)
-        return _Ready(self.family.embed(ids, packed), kept, content_of(messages, visuals))
+        prompt = self.family.embed(ids, packed)
+        prompt = prompt if whole else replace(prompt, places=None)
+        return _Ready(prompt, kept, content_of(messages, visuals))
 
     def _too_long(self, found: str) -> UserError:
         return UserError(
@@ -242,7 +249,7 @@ class Session:
         prompt, output = ready.prompt, generated.output_tokens[row]
         if not generated.finite[row]:
             return Answer(error="the language model's logits are not finite numbers")
-        if self.context is not None and len(prompt) + output > self.context:
+        if self.context is not None and prompt.end + output > self.context:
             return _failed(self._too_long(f"a prompt of {len(prompt)} tokens and an answer of {output}"))
         steps, kept = generated.steps[row], ready.kept
         if steps:
@@ -277,21 +284,14 @@ class Session:
                 layer_scores[step.layer] = step.scores[0]
         return Trace(views, selections, layer_kept, layer_scores)
 
-    def _timed(self, stage: str) -> _Timer:
-        return _Timer(self.seconds, stage)
-
-
-class _Timer:
-    """Adds the seconds inside a `with` block to a stage."""
-
-    def __init__(self, seconds: Counter[str], stage: str):
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self.stage] += time.perf_counter() - self.began
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds inside a `with` block to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
 
 
 def _failed(error: Exception) -> Answer:

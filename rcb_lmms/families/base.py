@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rcb_lmms.errors import UserError, choose
-from rcb_lmms.families.images import Visual, as_rgb
-from rcb_lmms.families.packed import PackedImage, Prompt, Rows
+from rcb_lmms.errors import choose
+from rcb_lmms.families.images import Visual, as_rgb, not_finite
+from rcb_lmms.families.packed import PackedImage, Prompt, Rows, places_of
 from rcb_lmms.families.places import Place, base_region
 from rcb_lmms.families.prompts import embedded, interleave, token_ids
 from rcb_lmms.families.sizes import Size, batches, resized
@@ -156,7 +156,7 @@ class Family(ABC):
                 finite = fields["features"].isfinite().flatten(1).all(1).tolist()
                 for row, (number, _) in enumerate(chunk):
                     if not finite[row]:
-                        raise _not_finite(opened[number], self.dtype)
+                        raise not_finite(opened[number], self.dtype)
                     encoded[number].append({name: rows[row] for name, rows in fields.items()})
             return [self.views(*parts) for parts in zip(opened, encoded, grids, strict=True)]
 
@@ -236,7 +236,10 @@ class Family(ABC):
         retained = len(rows) - len(rows.newlines)
         # A packing that cuts padding off has fewer tokens than its views before anything is pruned.
         native = retained if whole else sum(view.native or len(view) for view in views)
-        return PackedImage(rows, native, retained, len(views), encoded=sum(map(len, views)))
+        places, extent = (None, 0) if whole else places_of(views, selections, rows)
+        return PackedImage(
+            rows, native, retained, len(views), encoded=sum(map(len, views)), places=places, extent=extent
+        )
 
     def pack_base(self, tokens: Tensor) -> PackedImage:
         """One base view of tokens `(k, d)` as they are: what the codebook's experiments and pictures show the model."""
@@ -294,12 +297,3 @@ class Family(ABC):
         marks = {getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")}
         tokens = torch.tensor(ids, device=self.device)
         return embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)
-
-
-def _not_finite(visual: Visual, dtype: Any) -> UserError:
-    return UserError(
-        wanted=f"visual tokens of the {visual.role} {visual.key[:12]} ({visual.frames[0].size} pixels)",
-        found=f"values that are infinite or no number, in {str(dtype).removeprefix('torch.')}",
-        allowed="finite values",
-        next_step="dtype=bfloat16 or float32 if float16 is too narrow for the model; else look at the image",
-    )

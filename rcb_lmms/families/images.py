@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import no_file
@@ -148,3 +148,13 @@ def pad_to_square(image: Image, mean: Sequence[float]) -> Image:
     square = pil.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def not_finite(visual: Visual, dtype: Any) -> UserError:
+    """The error of an image whose visual tokens are no numbers."""
+    return UserError(
+        wanted=f"visual tokens of the {visual.role} {visual.key[:12]} ({visual.frames[0].size} pixels)",
+        found=f"values that are infinite or no number, in {str(dtype).removeprefix('torch.')}",
+        allowed="finite values",
+        next_step="dtype=bfloat16 or float32 if float16 is too narrow for the model; else look at the image",
+    )

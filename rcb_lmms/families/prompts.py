@@ -106,12 +106,17 @@ def embedded(
     with torch.no_grad():
         embeds = table(tokens)
     rows, spans, done, length = [], [], 0, 0
+    places, passed = [], 0  # positions in the unpruned prompt, and how many it has so far
     for position, image in zip(placeholders, images, strict=True):
         start = length + position - done
+        own = torch.arange(len(image.rows)) if image.places is None else image.places
+        places += [torch.arange(passed, passed + position - done), own + passed + position - done]
+        passed += position - done + (len(image.rows) if image.places is None else image.extent)
         rows += [embeds[done:position], image.embeds.to(embeds)]
         done, length = position + 1, start + len(image.rows)
         spans += image.rows.runs(start)
     rows.append(embeds[done:])
+    places.append(torch.arange(passed, passed + len(rows[-1])))
     return Prompt(
         torch.cat(rows),
         tuple(spans),
@@ -122,4 +127,5 @@ def embedded(
         visuals=len(images),
         prefix=length,
         encoded=sum(image.encoded for image in images),
+        places=torch.cat(places),
     )

@@ -73,6 +73,8 @@ def argument_types(family: str, method: str) -> dict[str, Any]:
     }
     if budgets:
         types["per"] = one_of(PER)
+    if budgets and PRUNERS[method].stage == "view":
+        types["positions"] = one_of(("contiguous", "original"))
     if "threshold" in budgets:
         types |= {"thresholds": Text, "ties": Annotated[Whole, Field(ge=0, le=Budget.ALL_TIES)]}
     return types

@@ -32,6 +32,7 @@ class Settings:
         pruner: the method; not yet fitted if `target` is given.
         target: what to calibrate for, or `None`.
         per: `view` or `image`: what the budget is spent on.
+        positions: `contiguous` or `original`: where what stays of an image stands.
         batch_size: questions per batch.
         seed: of sampling and of random pruning.
         thresholds: where the parameter for `target` is read instead of fitted.
@@ -44,6 +45,7 @@ class Settings:
     batch_size: int
     seed: int
     thresholds: ThresholdFile | None = None
+    positions: str = "contiguous"
 
 
 def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
@@ -80,7 +82,8 @@ def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
         check_least(pruner, target.count)
     pruner = dataclasses.replace(pruner, budget=budget)
     thresholds = _thresholds(given.get("thresholds"), target)
-    return Settings(loading, pruner, target, given.get("per", "view"), given.get("batch_size", 1), seed, thresholds)
+    per, positions = given.get("per", "view"), given.get("positions", "contiguous")
+    return Settings(loading, pruner, target, per, given.get("batch_size", 1), seed, thresholds, positions)
 
 
 def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None:
@@ -166,6 +169,7 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         "pruner": {name: str(getattr(settings.pruner, name)) for name in names},
         "target": str(settings.target) if settings.target else None,
         "per": settings.per,
+        "positions": settings.positions,
         "codebook_sha256": codebook.sha256 if codebook is not None else None,
         "codebook_model": codebook.meta.get("model") if codebook is not None else None,
         "thresholds_sha256": settings.thresholds.sha256 if settings.thresholds is not None else None,

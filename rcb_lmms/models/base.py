@@ -61,7 +61,11 @@ class PrunedModel(lmms):
                 codebook.check_family(self.family)
         self._device = self.family.device
         self.session = Session(
-            self.family, self.settings.pruner, batch_size=self.settings.batch_size, per=self.settings.per
+            self.family,
+            self.settings.pruner,
+            batch_size=self.settings.batch_size,
+            per=self.settings.per,
+            positions=self.settings.positions,
         )
         self.encoder = self.session.encoder
         self.encoder.add_needs(self._needs())
