@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.pruners.schedules import mean_tokens
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
 from rcb_lmms.report.collect import Excluded
@@ -207,7 +208,8 @@ def test_every_run_of_a_table_is_in_a_configuration():
 def test_model_args_resolve_without_loading_a_model(codebook_file):
     from rcb_lmms.models.arguments import resolve
 
-    for entry in {(entry.model, entry.arguments) for entry in read_configs(list(eval_configs()))}:
+    field = [f"field_llava-1.5-7b_{keep}" for keep in (192, 128, 64)]
+    for entry in {(entry.model, entry.arguments) for entry in read_configs([*eval_configs(), *field])}:
         model, arguments = entry[0], dict(entry[1])
         family = model[: model.index("_", 10 if "next" in model else 14 if "onevision" in model else 0)]
         method = model.removeprefix(f"{family}_")
@@ -217,6 +219,22 @@ def test_model_args_resolve_without_loading_a_model(codebook_file):
             assert settings.target.tokens == float(arguments["keep"])
         elif method != "full":
             assert settings.pruner.budget.value == float(arguments["keep"])
+
+
+def test_every_schedule_of_the_fields_table_can_be_met():
+    from rcb_lmms.models.arguments import resolve
+
+    means = {}
+    for keep in (192, 128, 64):
+        for entry in read_configs([f"field_llava-1.5-7b_{keep}"]):
+            method = entry.model.removeprefix("llava_")
+            if method in ("fastv", "pyramiddrop", "v2drop", "dart", "sparsevlm"):
+                steps = resolve("llava", method, dict(entry.arguments)).pruner.schedule(576, 32)
+                counts, behind = [step.keep for step in steps], [step.layer for step in steps]
+                means[method, keep] = round(mean_tokens(counts, behind, 576, 32), 1)
+    exact = {key: mean for key, mean in means.items() if key[0] in ("fastv", "pyramiddrop", "v2drop")}
+    assert all(abs(mean - keep) < 0.6 for (_, keep), mean in exact.items())
+    assert (means["dart", 64], means["sparsevlm", 64]) == (99.8, 82.2)
 
 
 def test_the_laboratory_gets_the_same_shares_of_its_views():

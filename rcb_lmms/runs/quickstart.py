@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.files import write_atomic
 
 if TYPE_CHECKING:
@@ -42,14 +42,29 @@ class Step:
 
 
 def steps(
-    pretrained: str, codebook: str | None = None, budgets: Sequence[int] = BUDGETS, seeds: Sequence[int] = SEEDS
+    pretrained: str,
+    codebook: str | None = None,
+    budgets: Sequence[int] = BUDGETS,
+    seeds: Sequence[int] = SEEDS,
+    methods: Sequence[str] = METHODS,
 ) -> list[Step]:
-    """The runs of the quickstart: unpruned, then each method at each budget, random once per seed."""
+    """The runs of the quickstart: unpruned, then each method at each budget, random once per seed.
+
+    Raises:
+        UserError: a method that is unknown, or runs anyway.
+    """
+    from rcb_lmms.pruners import PRUNERS
+    from rcb_lmms.pruners.checks import check_choice
+
+    for method in methods:
+        check_choice("a method of the quickstart", method, [name for name in PRUNERS if name not in ("none", "random")])
     planned = [Step("full", "none", {"pretrained": pretrained})]
     for keep in budgets:
         common = {"pretrained": pretrained, "keep": keep}
-        for method in METHODS:
+        for method in methods:
             own = {"codebook": codebook} if method == "rcb" and codebook else {}
+            if "text_embeddings" in PRUNERS[method].needs:  # of a CLIP model, which a laboratory does not download
+                own = dict(PRUNERS[method].elsewhere)
             planned.append(Step(f"{method}-{keep}", method, common | own))
         planned += [Step(f"random-{keep}-seed{seed}", "random", common | {"seed": seed}) for seed in seeds]
     return planned
@@ -63,6 +78,7 @@ def quickstart(
     budgets: Sequence[int] = BUDGETS,
     seeds: Sequence[int] = SEEDS,
     sizes: Mapping[str, int] = SIZES,
+    methods: Sequence[str] = METHODS,
 ) -> Path:
     """Run the comparison below `out` and say where everything lies; finished runs are not repeated.
 
@@ -73,6 +89,8 @@ def quickstart(
         budgets: retained visual tokens per image, of which RCB and PruMerge meet the mean.
         seeds: of random pruning.
         sizes: of the laboratory's benchmarks.
+        methods: keys of the registry, beside the unpruned model and random pruning. A budget that a method cannot meet
+            is said, and costs the others nothing.
 
     Raises:
         UserError: no checkpoint or codebook, samples that failed, a folder that cannot be written.
@@ -81,7 +99,7 @@ def quickstart(
     out = Path(out).resolve()
     pretrained, codebook = _absolute(pretrained), _absolute(codebook)
     _check_inputs(pretrained, codebook)
-    planned = steps(pretrained, codebook, budgets, seeds)
+    planned = steps(pretrained, codebook, budgets, seeds, methods)
     with _quiet(out / "log.txt"):
         data = _write_data(out / "data", sizes)
         _run_all(planned, out / "runs", data)
@@ -152,14 +170,18 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
             began = time.perf_counter()
             with locked(runs / step.name):
                 manager = manager or (None if finished else make_task_manager())
-                run_evaluation(
-                    step.entry,
-                    step.arguments,
-                    list(TASKS),
-                    runs / step.name,
-                    batch_size=BATCH_SIZE,
-                    task_manager=manager,
-                )
+                try:
+                    run_evaluation(
+                        step.entry,
+                        step.arguments,
+                        list(TASKS),
+                        runs / step.name,
+                        batch_size=BATCH_SIZE,
+                        task_manager=manager,
+                    )
+                except BudgetError as error:
+                    print(f"refused: {error.wanted}; {error.allowed}", flush=True)
+                    continue
             if not finished:
                 print(f"{time.perf_counter() - began:5.1f} s", flush=True)
 
@@ -182,14 +204,18 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
     from rcb_lmms.families import load_family
     from rcb_lmms.families.images import Visual
     from rcb_lmms.models.arguments import resolve
+    from rcb_lmms.pruners import PRUNERS
     from rcb_lmms.report.pictures import kept_tokens_picture
+    from rcb_lmms.runs.folder import read_record
 
     family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
     images = [family.open(image).image for image in example_images()]
     for keep in budgets:
         chosen = {}
         for step in planned:
-            if step.arguments.get("keep") == keep and step.method not in chosen:
+            whole = (read_record(out / "runs" / step.name) or {}).get("status") == "success"
+            drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
+            if drawn and step.arguments.get("keep") == keep and step.method not in chosen:
                 pruner = resolve(FAMILY, step.method, step.arguments).pruner
                 if pruner.fits_mean:  # on the very images shown: scenes and photographs have no threshold in common
                     shown = family.encode([Visual((image,), "base") for image in images], pruner.needs)
