@@ -675,6 +675,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     assert table["retained_tokens"].iloc[1:].tolist() == pytest.approx([2.0] * 5, abs=0.5)
     assert "[ 6/6] random-2-seed0" in said
     assert "next: cd " in said
+    assert f"next: open {out / 'report.html'}" in said
     named = {
         "index.md",
         "table.md",
@@ -683,6 +684,7 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
         "accuracy.png",
         "accuracy.svg",
         "kept_tokens_2.png",
+        "report.html",
     }
     assert named <= {path.name for path in out.iterdir()}
     assert all(f"`{name}`" in (out / "index.md").read_text() for name in named - {"index.md"})
@@ -717,7 +719,7 @@ def test_the_target_counts_every_view_of_a_question():
 
     def run(**record):
         content = {"resolved": {"pruner": {"budget": "tokens=16"}, "per": "view"}, **record}
-        return Measured(Run(Path("x"), content, {}), {}, {}, {})
+        return Measured(Run(Path("x"), content, {}), {}, {}, {}, {})
 
     achieved = {"pope": {"views": 4.0}, "mme": {"views": 3.0}}
     assert run(calibrations={}, achieved=achieved).target == 16 * 3.5

@@ -43,7 +43,7 @@ def test_damaged_parquet_is_named(tree, name):
 
 
 def test_groups_and_tasks_of_the_package_lead_to_their_data(tree, monkeypatch):
-    monkeypatch.setattr(task_data, "_known_here", lambda _: True)
+    monkeypatch.setattr(task_data, "known_here", lambda _: True)
     parquet(tree).write_bytes(b"")
     with working_directory(tree), pytest.raises(UserError, match="the data of task rcb_pope"):
         check_data(["rcb_paper"])
@@ -98,7 +98,7 @@ def refused_by(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
-    monkeypatch.setattr(task_data, "_known_here", lambda _: False)
+    monkeypatch.setattr(task_data, "known_here", lambda _: False)
     task_data._hub_error.cache_clear()
 
 

@@ -63,6 +63,22 @@ def plot(
 
 
 @app.command()
+def report(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="HTML file; by default RESULTS/report.html.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder in which the runs' data sets lie, if not where they were made; repeatable."),
+    ] = None,
+) -> None:
+    """Write one HTML file: tables, charts, costs, budgets, and the samples on which runs differ, with kept tokens."""
+    from rcb_lmms.report.html import write_report
+
+    file = write_report(results, out or results / "report.html", data or ())
+    typer.echo(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+@app.command()
 def captions(
     samples: Annotated[list[Path], typer.Argument(help="Samples files (.jsonl) of caption tasks.")],
 ) -> None:

@@ -10,7 +10,7 @@ from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.devices import check_attention, check_device
 from rcb_lmms.families.identity import fingerprint
-from rcb_lmms.families.original import Original, find_original, load_original
+from rcb_lmms.families.original import Original, empty_model, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_split, default_template, family_class
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.families.weights import DTYPES, check_finite, check_report, told
@@ -36,6 +36,7 @@ def load_family(
     template: str | None = None,
     video_backend: str = "pyav",
     max_frames_num: int = 16,
+    weights: bool = True,
     **own: Any,
 ) -> Family:
     """Load a checkpoint as its family.
@@ -51,6 +52,8 @@ def load_family(
         dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
         video_backend: what reads video files: `pyav`, `decord` or `torchcodec`.
         max_frames_num: frames of a video.
+        weights: without them, a family of any size opens images and says where its tokens lie in a second, but cannot
+            encode or answer.
         own: options that only this family has (`Family.options`).
 
     Raises:
@@ -68,14 +71,18 @@ def load_family(
         own = {"split": default_split(chosen.name, pretrained), **own}
     reader = VideoReader(video_backend, max_frames_num)
     loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
-    if original:
+    if not weights:
+        model, processor = _load_empty(place, original)
+    elif original:
         with told(pretrained):
             model, processor = load_original(original, device=device, **loading)
     else:
         model, processor = _load_converted(place, device, loading)
-    check_finite(model.state_dict().items(), pretrained)
+    if weights:
+        check_finite(model.state_dict().items(), pretrained)
+        model = model.eval().to(device)
     return chosen(
-        model.eval().to(device),
+        model,
         processor,
         pretrained=pretrained,
         fingerprint=fingerprint(place.path, model.config),
@@ -132,7 +139,7 @@ def _recognise(place: _Place, expected: str | None) -> tuple[type[Family], Origi
 
 def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tuple[Any, Any]:
     """Model and processor of a checkpoint in Hugging Face's layout."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     if device == "cpu":
@@ -148,12 +155,32 @@ def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tupl
     finally:
         transformers_logging.set_verbosity(verbosity)
     check_report(report, model.config, place.name)
+    return model, _processor(place)
+
+
+def _processor(place: _Place) -> Any:
+    from transformers import AutoImageProcessor, AutoProcessor
+
     with told(place.name):
         # A backend named here would be asked of the video processor too, which has torchvision's only.
         processor = AutoProcessor.from_pretrained(place.path, **place.options)
         # PIL resizing equals the original preprocessing bit for bit; torchvision's differs by up to two grey levels.
         processor.image_processor = AutoImageProcessor.from_pretrained(place.path, backend="pil", **place.options)
-    return model, processor
+    return processor
+
+
+def _load_empty(place: _Place, original: Original | None) -> tuple[Any, Any]:
+    """Model without weights and processor."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with told(place.name):
+        if original:
+            return empty_model(original)
+        config = AutoConfig.from_pretrained(place.path, **place.options)
+        with init_empty_weights():
+            model = AutoModelForImageTextToText.from_config(config)
+    return model.eval(), _processor(place)
 
 
 def _check_options(family: type[Family], own: dict[str, Any]) -> None:

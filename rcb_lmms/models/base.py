@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -221,6 +222,7 @@ class PrunedModel(lmms):
     def clean(self) -> None:
         """Gather what all processes did, report it once, and free the model."""
         every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images, self.resumed))
+        stages = sum(gather(self.session.seconds), Counter())
         rows = [row for own, *_ in every for row in own]
         self.run.failures = [failure for _, own, *_ in every for failure in own]
         seconds = max(own for _, _, own, *_ in every)
@@ -232,6 +234,7 @@ class PrunedModel(lmms):
             "resumed_questions": resumed,
             "images_encoded": sum(own for *_, own, _ in every),
             "seconds": seconds,
+            **{f"seconds_{stage}": spent for stage, spent in sorted(stages.items())},
             "questions_per_second": (len(rows) - resumed) / seconds if seconds else 0.0,
         }
         if self.rank == 0 and rows:

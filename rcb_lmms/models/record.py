@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -56,7 +57,9 @@ class RunRecord:
         calibrations: per task, target, achieved and fitted parameter.
         achieved: per task, mean retained, native and layer-averaged visual tokens per question, and their spread.
         failures: `{task, doc_id, error}` of every sample that could not be answered; none of them is scored.
-        totals: questions, images encoded, seconds.
+        totals: questions, images encoded, seconds; of these `seconds_open`, `seconds_encode` and `seconds_generate`,
+            see `Session`, added up over processes.
+        directory: where the run looked for its data sets.
     """
 
     model: str
@@ -67,6 +70,7 @@ class RunRecord:
     achieved: dict[str, Any] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
+    directory: str = field(default_factory=os.getcwd)
 
 
 def versions() -> dict[str, str | None]:

@@ -35,7 +35,7 @@ def check_data(names: Iterable[str], include_path: str | Sequence[str] = ()) -> 
     for task, path, config in sorted(set(_data_sets(names, include_path))):
         if os.path.isdir(path):
             _check_folder(task, Path(path), config)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not _known_here(path):
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not known_here(path):
             _check_hub(task, path)
 
 
@@ -178,7 +178,7 @@ def _same_rows(files: Sequence[Path], cached: Sequence[Path]) -> bool:
     return start == len(copy)
 
 
-def _known_here(data_set: str) -> bool:
+def known_here(data_set: str) -> bool:
     """Whether `datasets` or the hub's client has something of a data set in its cache."""
     import datasets
     from huggingface_hub import constants

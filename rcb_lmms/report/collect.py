@@ -73,12 +73,13 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A run with its scores, the official ones too, and how they are shown, each by task."""
+    """A run with its scores, the official ones too, how they are shown, and the run that made them, each by task."""
 
     run: Run
     scores: dict[str, Scores]
     official: dict[str, float]
     benchmarks: dict[str, Benchmark]
+    sources: dict[str, Run]
 
     @property
     def path(self) -> Path:
@@ -191,13 +192,19 @@ def _join(place: Path, parts: list[Measured]) -> Measured:
     record = parts[0].record | {
         "calibrations": union(lambda part: part.record["calibrations"]),
         "achieved": union(lambda part: part.record["achieved"]),
-        "totals": {"questions_per_second": sum(number for number, _ in speeds) / seconds} if seconds else {},
+        "totals": {
+            **{name: sum(total[name] for total in totals) for name in set.intersection(*map(set, totals))},
+            "questions_per_second": sum(number for number, _ in speeds) / seconds,
+        }
+        if seconds
+        else {},
     }
     return Measured(
         replace(parts[0].run, path=place if parts[0].path.is_dir() else parts[0].path, record=record),
         union(lambda part: part.scores),
         union(lambda part: part.official),
         union(lambda part: part.benchmarks),
+        union(lambda part: part.sources),
     )
 
 
@@ -220,7 +227,7 @@ def _measured(run: Run) -> Measured:
         if benchmark.official and (value := run.value(task, benchmark.official)) is not None:
             official[task] = value
         benchmarks[task] = benchmark
-    return Measured(run, scores, official, benchmarks)
+    return Measured(run, scores, official, benchmarks, dict.fromkeys(scores, run))
 
 
 def _other(run: Run, task: str) -> Benchmark:

@@ -97,6 +97,15 @@ def group(runs: Sequence[Measured]) -> list[Setting]:
     return sorted(rows, key=place)
 
 
+def model_of(run: Measured) -> tuple[str | None, ...]:
+    """What runs share whose methods are compared: the checkpoint, and whether it sees images in tiles.
+
+    `lab` is the name of three checkpoints, one a family.
+    """
+    resolved = run.record["resolved"]
+    return run.arguments.get("pretrained"), resolved.get("family"), resolved.get("split")
+
+
 def _mixture(one: Measured, two: Measured, found: str) -> UserError:
     return UserError(
         wanted="one table of these runs",
@@ -152,7 +161,7 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
     for task in tasks:
         if task in row.tasks:
             numbers |= {f"{task}_{name}": number for name, number in _task_numbers(row, task).items()}
-    unpruned, downsampled = _unpruned(row, rows), _at_budget("downsample", row, rows)
+    unpruned, downsampled = unpruned_of(row, rows), _at_budget("downsample", row, rows)
     return numbers | {
         "relative": _relative(row, unpruned, tasks),
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
@@ -174,11 +183,12 @@ def _task_numbers(row: Setting, task: str) -> dict[str, float | None]:
         "high": interval.high,
         "std": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
         "score": row.headline(task) if row.first.benchmarks[task].official else None,
-        "retained": mean_of(run.run.achieved(task, "retained_visual_tokens") for run in row.runs),
+        "retained": mean_of(run.sources[task].achieved(task, "retained_visual_tokens") for run in row.runs),
     }
 
 
-def _unpruned(row: Setting, rows: list[Setting]) -> Setting | None:
+def unpruned_of(row: Setting, rows: Sequence[Setting]) -> Setting | None:
+    """The unpruned model that a row is measured against; itself, if it is one."""
     return next((other for other in rows if other.first.method == "none" and _comparable(row, other)), None)
 
 
@@ -200,7 +210,7 @@ def _at_budget(method: str, row: Setting, rows: list[Setting]) -> Setting | None
 
 
 def _comparable(row: Setting, other: Setting) -> bool:
-    return row.first.arguments.get("pretrained") == other.first.arguments.get("pretrained")
+    return model_of(row.first) == model_of(other.first)
 
 
 def _relative(row: Setting, unpruned: Setting | None, tasks: list[str]) -> float | None:

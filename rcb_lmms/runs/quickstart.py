@@ -1,4 +1,4 @@
-"""`rcb quickstart`: every method on the laboratory model at two budgets, then one table, one plot and one picture."""
+"""`rcb quickstart`: every method on the laboratory model at two budgets, then table, plot, pictures and report."""
 
 from __future__ import annotations
 
@@ -103,12 +103,14 @@ def quickstart(
     with _quiet(out / "log.txt"):
         data = _write_data(out / "data", sizes)
         _run_all(planned, out / "runs", data)
-        excluded = _report(planned, out, budgets)
+        print("writing the table, the plot, pictures and the report", flush=True)
+        excluded = _report(planned, out, data, budgets)
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{len(planned)} runs, {minutes:.1f} minutes. Everything is in {out}:\n{index(out)}")
     if excluded:
         print(f"{len(excluded)} folders are in no table; table.md says why")
     arguments = ",".join([f"pretrained={pretrained}", "keep=24", *([f"codebook={codebook}"] if codebook else [])])
+    print(f"next: open {out / 'report.html'} in a browser, or measure another budget:")
     print(f"next: cd {data} && lmms_eval --model {FAMILY}_rcb --model_args {arguments} --tasks {','.join(TASKS)}")
     return out
 
@@ -186,8 +188,9 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
                 print(f"{time.perf_counter() - began:5.1f} s", flush=True)
 
 
-def _report(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> list[Excluded]:
+def _report(planned: Sequence[Step], out: Path, data: Path, budgets: Sequence[int]) -> list[Excluded]:
     from rcb_lmms.report.collect import collect
+    from rcb_lmms.report.html import write_report
     from rcb_lmms.report.plots import accuracy_plot
     from rcb_lmms.report.tables import for_terminal, write_tables
 
@@ -195,6 +198,7 @@ def _report(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> list[
     table = write_tables(runs, excluded, out)
     accuracy_plot(table, out / "accuracy")
     _draw_pictures(planned, out, budgets)
+    write_report(out / "runs", out / "report.html", [data])
     write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
     print(for_terminal(table))
     return excluded
@@ -239,6 +243,7 @@ def index(out: Path) -> str:
     """What lies in a quickstart folder, as Markdown."""
     pictures = sorted(path.name for path in out.glob("kept_tokens_*.png"))
     lines = [
+        "- `report.html`: all of it in one file for a browser, with the samples on which methods differ",
         "- `table.md`, `table.csv`: every method and budget: accuracy, tokens, relative performance, speed",
         "- `comparisons.csv`: every method against random pruning, task by task, with p-values",
         "- `accuracy.png`, `accuracy.svg`: accuracy over retained visual tokens",

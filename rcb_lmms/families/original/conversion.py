@@ -33,7 +33,7 @@ def load_original(
     """
     import torch
 
-    model, processor = _empty_model(original, attn_implementation)
+    model, processor = empty_model(original, attn_implementation)
     stored = stored_weights(original, model)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     for item, tensor in read(stored):
@@ -73,7 +73,7 @@ def convert(original: Original, folder: str | Path, dtype: str = "auto") -> list
         )
     choose("dtype", dtype, DTYPES)
     with told(original.source.path):
-        model, processor = _empty_model(original, "sdpa")
+        model, processor = empty_model(original, "sdpa")
     stored = stored_weights(original, model)
     _note_dtype(model.config, _stored_dtype(stored) if dtype == "auto" else getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.partial")
@@ -91,7 +91,7 @@ def convert(original: Original, folder: str | Path, dtype: str = "auto") -> list
     return sorted(folder.iterdir())
 
 
-def _empty_model(original: Original, attn_implementation: str) -> tuple[Any, Any]:
+def empty_model(original: Original, attn_implementation: str = "sdpa") -> tuple[Any, Any]:
     """The Hugging Face model without weights, and its processor."""
     import transformers
     from accelerate import init_empty_weights

@@ -1,0 +1,262 @@
+"""`rcb report`: what a folder of runs says, as one HTML file that needs no server and no network."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcb_lmms.errors import UserError
+from rcb_lmms.files import write_atomic
+from rcb_lmms.report import charts
+from rcb_lmms.report.collect import Benchmark, Measured, collect
+from rcb_lmms.report.flips import Cost, flips, model_label, run_label
+from rcb_lmms.report.gallery import Gallery
+from rcb_lmms.report.reading import mean_of
+from rcb_lmms.report.summary import Setting, group, model_of, summary_table, version_notes
+from rcb_lmms.report.tables import LEGEND, readable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Together with answers and records, a file stays below 15 MB.
+MOST_IMAGE_BYTES = 9_000_000
+MOST_SAMPLES = 1500
+STAGES = {
+    "open": "opening images",
+    "encode": "vision tower, choosing, packing",
+    "generate": "language model",
+    "rest": "calibration and the rest",
+}
+
+
+def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path:
+    """Write the report of all runs below a folder.
+
+    Args:
+        results: a folder of runs, as for `collect`.
+        out: the file.
+        folders: where the runs' data sets lie, if not where they were made; without them the report has no images.
+
+    Raises:
+        UserError: no run that can be used, a folder that is not there, or a file that cannot be written.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(
+                wanted=f"the runs' data sets in {folder}",
+                found="no such folder",
+                allowed="the folder in which the runs were made, or one with the same data sets",
+                next_step="--data FOLDER, or leave it out: the report is then written without images",
+            )
+    runs, excluded = collect(results)
+    models = _models(runs)
+    # A quickstart's data lies beside its runs.
+    guesses = [Path(results) / "data", Path(results).parent / "data", Path.cwd()]
+    gallery = Gallery([*map(Path, folders)], guesses, MOST_IMAGE_BYTES)
+    data, spent = flips(models, gallery, MOST_SAMPLES)
+    page = _template().render(
+        title="/".join(Path(results).resolve().parts[-2:]),
+        models=[_model(settings, spent, _numbers(models)) for settings in models],
+        several=len(models) > 1,
+        laboratory=all(str(run.arguments.get("pretrained")).partition(":")[0] == "lab" for run in runs),
+        legend=LEGEND,
+        stages=STAGES,
+        data=_script(data),
+        notes=[*_left_out(data, gallery), *data["notes"]],
+        excluded=[(str(entry.path), entry.reason) for entry in excluded],
+        versions=version_notes((run.path, run.record) for run in runs),
+        records=_records(models),
+    )
+    return write_atomic(out, page.encode("utf-8", "replace"))
+
+
+def _models(runs: Sequence[Measured]) -> list[list[Setting]]:
+    """Settings by model: methods are compared on one model."""
+    found: dict[tuple, list[Measured]] = {}
+    for run in runs:
+        found.setdefault(model_of(run), []).append(run)
+    return [group(own) for own in found.values()]
+
+
+def _numbers(models: Sequence[Sequence[Setting]]) -> dict[int, int]:
+    """Numbers of runs, as in the page's data, by identity."""
+    runs = [run for settings in models for setting in settings for run in setting.runs]
+    return {id(run): number for number, run in enumerate(runs)}
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("rcb_lmms.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("report.html.jinja")
+
+
+def _script(data: dict[str, Any]) -> Any:
+    """Data as JSON inside a script element, which nothing in it can end."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _left_out(data: dict[str, Any], gallery: Gallery) -> list[str]:
+    found = [
+        f"{own['label']}: {own['hidden']} of the {own['hidden'] + len(own['samples'])} samples on which runs differ "
+        "are not listed; the counts have all"
+        for own in data["benchmarks"]
+        if own["hidden"]
+    ]
+    if gallery.left_out:
+        found.append(f"{gallery.left_out} images found no room beside the {len(gallery.images)} that are shown")
+    return found
+
+
+def _model(settings: Sequence[Setting], spent: dict[tuple[int, str], list[Cost]], numbers: dict[int, int]) -> Any:
+    """What the page says of one model."""
+    table = summary_table([run for setting in settings for run in setting.runs])
+    text = readable(table)
+    return {
+        "label": model_label(settings[0].first),
+        "columns": list(text.columns),
+        "rows": text.astype(str).values.tolist(),
+        "charts": [_charts(table, task, benchmark) for task, benchmark in table.attrs["benchmarks"].items()],
+        "legend": [(_svg(charts.legend_mark(number)), label) for number, label in enumerate(_labels(table)) if label],
+        "costs": _costs(settings),
+        "ledger": _ledger(settings, table.attrs["benchmarks"], spent, numbers),
+    }
+
+
+def _svg(text: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    return [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()]
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    """Series of the charts: one for each method and its options."""
+    named = zip(table["method"], _names(table), strict=True)
+    return list(dict.fromkeys(name for method, name in named if method != "none"))
+
+
+def _charts(table: pd.DataFrame, task: str, benchmark: Benchmark) -> dict[str, Any]:
+    """Scores of one task over tokens and over seconds."""
+    numbers = table.assign(name=_names(table), seconds=1 / table["questions_per_second"].astype(float))
+    quantities = {
+        "layer_average_tokens": "visual tokens per decoder layer (log scale)",
+        "seconds": "seconds per question (log scale)",
+    }
+    drawn = [
+        charts.scatter(
+            f"{benchmark.heading} over {label}",
+            _series(numbers, task, benchmark, quantity),
+            label,
+            f"{benchmark.heading} (95% interval)",
+        )
+        for quantity, label in quantities.items()
+    ]
+    return {"label": benchmark.label, "charts": [_svg(chart) for chart in drawn if chart]}
+
+
+def _series(numbers: pd.DataFrame, task: str, benchmark: Benchmark, quantity: str) -> list[charts.Series]:
+    found = {label: charts.Series(label, []) for label in _labels(numbers)}
+    levels = []
+    for _, row in numbers.dropna(subset=[f"{task}_accuracy", quantity]).iterrows():
+        mean, low, high = (benchmark.unit * row[f"{task}_{name}"] for name in ("accuracy", "low", "high"))
+        told = f"{row['name']} {row['budget']}: {mean:.1f} [{low:.1f}, {high:.1f}] at {row[quantity]:.4g}"
+        point = charts.Point(row[quantity], mean, low, high, told.replace("none :", "unpruned:"))
+        if row["method"] == "none":
+            levels.append(charts.Series("unpruned", level=point))
+        else:
+            found[row["name"]].points.append(point)
+    return [*found.values(), *levels]
+
+
+def _costs(settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """Milliseconds of each stage per question, averaged over seeds; what records do not say is blank."""
+    found = [_stages(setting) for setting in settings]
+    longest = max((sum(own.values()) for own in found if own), default=0)
+    return [
+        {
+            "label": _label(setting),
+            "stages": [own.get(stage) for stage in STAGES],
+            "shares": [100 * own[stage] / longest for stage in STAGES] if own and longest else [],
+            "total": 1000 / speed if (speed := _speed(setting)) else None,
+            "gflops": None if (flops := setting.mean("prefill_tflops")) is None else 1000 * flops,
+        }
+        for setting, own in zip(settings, found, strict=True)
+    ]
+
+
+def _label(setting: Setting) -> str:
+    name = "unpruned" if setting.first.method == "none" else setting.first.method
+    return ", ".join(part for part in (name, setting.budget, setting.options) if part)
+
+
+def _speed(setting: Setting) -> float | None:
+    return mean_of(run.record["totals"].get("questions_per_second") for run in setting.runs)
+
+
+def _stages(setting: Setting) -> dict[str, float]:
+    totals = [run.record["totals"] for run in setting.runs]
+    names = {stage: f"seconds_{stage}" for stage in STAGES if stage != "rest"}
+    # A run that was resumed did not spend its time on all of its questions.
+    known = all({"questions", "seconds", *names.values()} <= {*own} and own["questions"] for own in totals)
+    if not known or any(own.get("resumed_questions") for own in totals):
+        return {}
+    found = {
+        stage: 1000 * statistics.fmean(own[name] / own["questions"] for own in totals) for stage, name in names.items()
+    }
+    whole = 1000 * statistics.fmean(own["seconds"] / own["questions"] for own in totals)
+    return found | {"rest": max(0.0, whole - sum(found.values()))}
+
+
+def _ledger(
+    settings: Sequence[Setting],
+    benchmarks: dict[str, Benchmark],
+    spent: dict[tuple[int, str], list[Cost]],
+    numbers: dict[int, int],
+) -> list[dict[str, Any]]:
+    """Asked and retained visual tokens of each setting and task, over the samples of all seeds."""
+    found = []
+    for setting in settings:
+        for task in setting.tasks:
+            costs = [cost for run in setting.runs for cost in spent.get((numbers[id(run)], task), [])]
+            if not costs:
+                continue
+            kept = [cost.kept for cost in costs]
+            calibration = setting.first.record["calibrations"].get(task, {})
+            found.append(
+                {
+                    "label": _label(setting),
+                    "task": benchmarks[task].label,
+                    "asked": calibration.get("target", setting.first.target),
+                    "native": statistics.fmean(cost.native for cost in costs),
+                    "mean": statistics.fmean(kept),
+                    "low": min(kept),
+                    "median": statistics.median(kept),
+                    "high": max(kept),
+                    "histogram": _svg(charts.histogram(kept, (0, max(cost.native for cost in costs)))),
+                }
+            )
+    return found
+
+
+def _records(models: Sequence[Sequence[Setting]]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            run_label(run, len(models) > 1),
+            str(run.path),
+            json.dumps(run.record, indent=1, ensure_ascii=False, default=str),
+        )
+        for settings in models
+        for setting in settings
+        for run in setting.runs
+    ]
