@@ -225,8 +225,8 @@ def test_one_poisoned_prompt_does_not_take_its_batch_along(evaluate, monkeypatch
     embed = Family.embed
     seen = []
 
-    def embed_badly(self, ids, images):
-        prompt = embed(self, ids, images)
+    def embed_badly(self, ids, *own, **how):
+        prompt = embed(self, ids, *own, **how)
         seen.append(prompt)
         return dataclasses.replace(prompt, embeds=prompt.embeds * float("nan")) if len(seen) == 6 else prompt
 

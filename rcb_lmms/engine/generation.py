@@ -20,6 +20,7 @@ from rcb_lmms.families.packed import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rcb_lmms.engine.prefix import PrefixCache
     from rcb_lmms.pruners.base import Pruner
     from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
@@ -92,7 +93,12 @@ def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> T
 
 
 def generate(
-    family: Family, prompts: Sequence[Prompt], options: dict[str, Any], pruner: Pruner | None = None, per: str = "view"
+    family: Family,
+    prompts: Sequence[Prompt],
+    options: dict[str, Any],
+    pruner: Pruner | None = None,
+    per: str = "view",
+    prefixes: PrefixCache | None = None,
 ) -> Generated:
     """Answer one batch.
 
@@ -102,9 +108,13 @@ def generate(
         options: arguments of `GenerationMixin.generate`.
         pruner: a layer method drops hidden states inside the decoder; others have done their work.
         per: `view` or `image`: which of a prompt's parts add a count to a layer method's budget.
+        prefixes: what the prompts' beginnings are looked up in, which all have a name; for methods before the language
+            model.
     """
     import torch
 
+    if prefixes is not None:
+        return _continue(family, prompts, options, prefixes)
     embeds, mask, starts = left_pad(prompts)
     layered = pruner is not None and pruner.stage == "layers"
     steps = [layer_steps(pruner, prompt, family.layers, per) if layered and prompt.spans else [] for prompt in prompts]
@@ -114,8 +124,7 @@ def generate(
         if any(steps):
             spans = [prompt.spans_from(start) for prompt, start in zip(prompts, starts, strict=True)]
             pruning = stack.enter_context(prune_prompts(family.model, pruner, steps, spans))
-        pad = family.tokenizer.pad_token_id or family.tokenizer.eos_token_id
-        fixed = {"pad_token_id": pad, "logits_processor": [watch], **_places(prompts, starts, mask)}
+        fixed = {**_fixed(family, watch), **_places(prompts, starts, mask)}
         if pruning is not None and pruner.reprunes:
             ids, first_kept = _generate_anew(family, embeds, mask, options, fixed, pruning)
         else:
@@ -126,13 +135,37 @@ def generate(
         kept = [
             among_visual(prompt, own - start) for prompt, own, start in zip(prompts, first_kept, starts, strict=True)
         ]
-    return Generated(
-        family.tokenizer.batch_decode(ids, skip_special_tokens=True),
-        [_length(row, family) for row in ids.tolist()],
-        watch.finite.tolist(),
-        steps,
-        kept,
-    )
+    return _generated(family, ids, watch, steps, kept)
+
+
+def _continue(family: Family, prompts: Sequence[Prompt], options: dict[str, Any], prefixes: PrefixCache) -> Generated:
+    """Answer a batch whose prefixes are looked up, or computed and remembered."""
+    import torch
+
+    watch = _Finite(len(prompts))
+    with torch.inference_mode():
+        batch = prefixes.continued(prompts)
+        ids = family.model.generate(
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
+            **_fixed(family, watch),
+            **options,
+        )
+    return _generated(family, ids, watch, [[] for _ in prompts], [None] * len(prompts))
+
+
+def _fixed(family: Family, watch: _Finite) -> dict[str, Any]:
+    pad = family.tokenizer.pad_token_id or family.tokenizer.eos_token_id
+    return {"pad_token_id": pad, "logits_processor": [watch]}
+
+
+def _generated(
+    family: Family, ids: Tensor, watch: _Finite, steps: list[list[LayerStep]], kept: list[Tensor | None]
+) -> Generated:
+    texts = family.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Generated(texts, [_length(row, family) for row in ids.tolist()], watch.finite.tolist(), steps, kept)
 
 
 def _generate_anew(

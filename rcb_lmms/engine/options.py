@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from rcb_lmms.errors import checked
+from rcb_lmms.errors import UserError, checked
+
+if TYPE_CHECKING:
+    from rcb_lmms.pruners.base import Pruner
 
 DEFAULT_NEW_TOKENS = 1024
+# Whether questions about an image share what they have in common, see `rcb_lmms.engine.prefix`.
+PREFIX_CACHE = ("auto", "on", "off")
 
 Strings = Annotated[
     tuple[str, ...],
@@ -78,3 +83,20 @@ class Generation:
         for stop in self.until:
             text = text.split(stop)[0]
         return text.strip()
+
+
+def shares_prefix(pruner: Pruner, setting: str) -> bool:
+    """Whether questions about an image share what they have in common: the method has seen none of them.
+
+    Raises:
+        UserError: an unknown setting, or `on` for a method that works with the question.
+    """
+    shared = not pruner.sees_question and pruner.stage != "layers"
+    if setting not in PREFIX_CACHE or (setting == "on" and not shared):
+        raise UserError(
+            wanted=f"prefix_cache={setting} with {pruner.name}",
+            found="no such setting" if setting not in PREFIX_CACHE else "a method that works with the question",
+            allowed="auto, off; on, where a method chooses before the language model and without the question",
+            next_step="prefix_cache=auto",
+        )
+    return shared and setting != "off"

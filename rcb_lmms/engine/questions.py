@@ -15,7 +15,10 @@ from rcb_lmms.families.prompts import interleave
 from rcb_lmms.families.video import placed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rcb_lmms.engine.ledger import LedgerRow
+    from rcb_lmms.pruners.base import Selection, VisualTokens
 
 Turns = list[dict[str, Any]]
 
@@ -135,3 +138,20 @@ def _open(family: Family, kind: str, item: dict[str, Any], role: str) -> list[Vi
     if kind == "image":
         return [family.open(item["url"], role)]
     return family.open_video(*placed(item))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a method kept of one question.
+
+    Attributes:
+        views: of each image or video.
+        selections: one for each view; whole views under a layer method.
+        layer_kept: for a layer method, by layer: kept positions among the prompt's visual tokens, `(k,)` ascending.
+        layer_scores: by layer: the score of each of these visual tokens, `(n,)` float32.
+    """
+
+    views: list[list[VisualTokens]]
+    selections: list[list[Selection]]
+    layer_kept: dict[int, Tensor]
+    layer_scores: dict[int, Tensor]

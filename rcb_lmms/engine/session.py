@@ -23,40 +23,23 @@ from rcb_lmms.engine.generation import (
     shares,
 )
 from rcb_lmms.engine.ledger import ledger_row, pack_kept
-from rcb_lmms.engine.options import Generation
-from rcb_lmms.engine.questions import Answer, Question, Turns, content_of, said
+from rcb_lmms.engine.options import Generation, shares_prefix
+from rcb_lmms.engine.prefix import PrefixCache
+from rcb_lmms.engine.questions import Answer, Question, Trace, Turns, content_of, said
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families.clip import space_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from rcb_lmms.families.base import Family
     from rcb_lmms.families.images import Visual
     from rcb_lmms.families.packed import PackedImage, Prompt
-    from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+    from rcb_lmms.pruners.base import Pruner
 
 logger = logging.getLogger(__name__)
 
 # Batches whose prompts are made ready together, so that they can be sorted by length.
 WINDOW_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a method kept of one question.
-
-    Attributes:
-        views: of each image or video.
-        selections: one for each view; whole views under a layer method.
-        layer_kept: for a layer method, by layer: kept positions among the prompt's visual tokens, `(k,)` ascending.
-        layer_scores: by layer: the score of each of these visual tokens, `(n,)` float32.
-    """
-
-    views: list[list[VisualTokens]]
-    selections: list[list[Selection]]
-    layer_kept: dict[int, Tensor]
-    layer_scores: dict[int, Tensor]
 
 
 @dataclass
@@ -79,6 +62,8 @@ class Session:
         per: `view` or `image`: what the budget is spent on.
         positions: `contiguous` numbers what stays; `original` leaves every token of the prompt and the answer at the
             rotary position that it would have without pruning before the language model.
+        prefix_cache: `auto` computes what questions about one image have in common once, where it may and where
+            questions share it; `on` demands it, `off` never does. In float32 answers are the same.
         seed: of answers that are drawn at random.
         encoder: of another session on the same model, to share its images.
 
@@ -95,6 +80,7 @@ class Session:
         batch_size: int = 8,
         per: str = "view",
         positions: str = "contiguous",
+        prefix_cache: str = "auto",
         seed: int = 0,
         encoder: ImageEncoder | None = None,
     ):
@@ -107,7 +93,9 @@ class Session:
             )
         self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
         space_of(family, pruner)  # refused here rather than at every question
-        self.positions, self.encoder = positions, encoder or ImageEncoder(family, pruner.needs, per=per)
+        self.prefixes = PrefixCache(family, prefix_cache == "on") if shares_prefix(pruner, prefix_cache) else None
+        self.prefix_cache, self.positions = prefix_cache, positions
+        self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
         self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
         self.seconds: Counter[str] = Counter()
@@ -115,8 +103,8 @@ class Session:
     def with_pruner(self, pruner: Pruner) -> Session:
         """Another method on the same model and the same encoded images."""
         self.encoder.add_needs(pruner.needs)
-        options = {"batch_size": self.batch_size, "per": self.per, "positions": self.positions, "seed": self.seed}
-        other = Session(self.family, pruner, encoder=self.encoder, **options)
+        own = ("batch_size", "per", "positions", "prefix_cache", "seed")
+        other = Session(self.family, pruner, encoder=self.encoder, **{name: getattr(self, name) for name in own})
         other.seconds = self.seconds
         return other
 
@@ -143,11 +131,19 @@ class Session:
             begin += len(window)
             ready, failed = self._prepare(window)
             yield from failed.items()
-            by_length = sorted(ready, key=lambda index: len(ready[index].prompt))
-            size = 1 if generation.sampled else self.batch_size
-            for start in range(0, len(by_length), size):
-                batch = {index: ready[index] for index in by_length[start : start + size]}
+            for batch in self._batches(ready, 1 if generation.sampled else None):
                 yield from self._generate(batch, window, generation).items()
+
+    def _batches(self, ready: dict[int, _Ready], size: int | None) -> Iterator[dict[int, _Ready]]:
+        """Prompts of like lengths together; those without images share nothing, and keep others from it."""
+        by_length = sorted(ready, key=lambda index: len(ready[index].prompt))
+        for alike in (True, False):
+            own = [index for index in by_length if (ready[index].prompt.prefix_name is not None) == alike]
+            begin = 0
+            while begin < len(own):  # the size may have been halved since
+                chosen = own[begin : begin + (size or self.batch_size)]
+                begin += len(chosen)
+                yield {index: ready[index] for index in chosen}
 
     # From questions to prompts
 
@@ -204,9 +200,10 @@ class Session:
         if self.context is not None and length >= self.context:
             raise self._too_long(f"a prompt of {length} tokens")
         kept = tuple(view for own in packed for view in own.kept)
-        prompt = self.family.embed(ids, packed)
-        prompt = prompt if whole else replace(prompt, places=None)
-        return _Ready(prompt, kept, content_of(messages, visuals))
+        prompt = self.family.embed(ids, packed, original=whole)
+        words = prompt.prefix - sum(len(own.rows) - 1 for own in packed)  # up to the last image, each one word
+        name = (*ids[:words], *(visual.key for visual in visuals)) if visuals else None
+        return _Ready(replace(prompt, prefix_name=name), kept, content_of(messages, visuals))
 
     def _too_long(self, found: str) -> UserError:
         return UserError(
@@ -229,7 +226,9 @@ class Session:
         try:
             with self._timed("generate"):
                 prompts = [ready.prompt for ready in batch.values()]
-                generated = generate(self.family, prompts, dict(generation.options), self.pruner, self.per)
+                options = dict(generation.options)
+                prefixes = self.prefixes if self.prefixes and self.prefixes.serves(prompts, options) else None
+                generated = generate(self.family, prompts, options, self.pruner, self.per, prefixes)
         except BudgetError:
             raise
         except Exception as error:

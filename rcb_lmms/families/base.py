@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.errors import choose
@@ -286,8 +287,8 @@ class Family(ABC):
         """Token ids of a one-turn conversation with `images` images before `text`."""
         return self.chat([{"role": "user", "content": interleave(text, ["image"] * images)}])
 
-    def embed(self, ids: Sequence[int], images: Sequence[PackedImage]) -> Prompt:
-        """Replace each placeholder of an image or a video among `ids` by its packed rows.
+    def embed(self, ids: Sequence[int], images: Sequence[PackedImage], *, original: bool = False) -> Prompt:
+        """Replace each placeholder among `ids` by packed rows, with `original` at their places in an unpruned prompt.
 
         Raises:
             UserError: placeholders and images differ in number.
@@ -296,4 +297,5 @@ class Family(ABC):
 
         marks = {getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")}
         tokens = torch.tensor(ids, device=self.device)
-        return embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)
+        prompt = embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)
+        return prompt if original else replace(prompt, places=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ class Prompt:
             them.
         encoded: visual tokens of all views, with those that a packing cut off as padding.
         places: `(s,)` int64 position of each row in the unpruned prompt; `None` means `0` to `s - 1`.
+        prefix_name: names the rows of `prefix`; `None` where no other prompt may share them.
     """
 
     embeds: Tensor
@@ -40,6 +41,7 @@ class Prompt:
     prefix: int = 0
     encoded: int = 0
     places: Tensor | None = None
+    prefix_name: Hashable = None
 
     def __len__(self) -> int:
         return self.embeds.shape[0]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, create_model
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.options import PREFIX_CACHE
 from rcb_lmms.errors import UserError, checked
 from rcb_lmms.families import family_class
 from rcb_lmms.families.devices import ATTENTION
@@ -69,6 +70,7 @@ def argument_types(family: str, method: str) -> dict[str, Any]:
         **method_options(method),
         "preset": one_of(PRESETS),
         "batch_size": Count,
+        "prefix_cache": one_of(PREFIX_CACHE),
         "seed": Annotated[Whole, Field(ge=0, lt=1 << 63)],
     }
     if budgets:

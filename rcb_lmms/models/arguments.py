@@ -10,6 +10,7 @@ from typing import Any
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Target, ThresholdFile
 from rcb_lmms.calibration.fitting import check_least
+from rcb_lmms.engine.options import shares_prefix
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, default_split, family_class
 from rcb_lmms.families.devices import check_attention, check_device
@@ -33,6 +34,7 @@ class Settings:
         target: what to calibrate for, or `None`.
         per: `view` or `image`: what the budget is spent on.
         positions: `contiguous` or `original`: where what stays of an image stands.
+        prefix_cache: `auto`, `on` or `off`: whether questions about an image share what they have in common.
         batch_size: questions per batch.
         seed: of sampling and of random pruning.
         thresholds: where the parameter for `target` is read instead of fitted.
@@ -46,6 +48,7 @@ class Settings:
     seed: int
     thresholds: ThresholdFile | None = None
     positions: str = "contiguous"
+    prefix_cache: str = "auto"
 
 
 def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
@@ -82,8 +85,10 @@ def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
         check_least(pruner, target.count)
     pruner = dataclasses.replace(pruner, budget=budget)
     thresholds = _thresholds(given.get("thresholds"), target)
-    per, positions = given.get("per", "view"), given.get("positions", "contiguous")
-    return Settings(loading, pruner, target, per, given.get("batch_size", 1), seed, thresholds, positions)
+    session = {name: given[name] for name in ("positions", "prefix_cache") if name in given}
+    shares_prefix(pruner, session.get("prefix_cache", "auto"))
+    per, batch_size = given.get("per", "view"), given.get("batch_size", 1)
+    return Settings(loading, pruner, target, per, batch_size, seed, thresholds, **session)
 
 
 def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None:
@@ -170,6 +175,7 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         "target": str(settings.target) if settings.target else None,
         "per": settings.per,
         "positions": settings.positions,
+        "prefix_cache": settings.prefix_cache,
         "codebook_sha256": codebook.sha256 if codebook is not None else None,
         "codebook_model": codebook.meta.get("model") if codebook is not None else None,
         "thresholds_sha256": settings.thresholds.sha256 if settings.thresholds is not None else None,

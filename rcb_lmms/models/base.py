@@ -67,6 +67,7 @@ class PrunedModel(lmms):
             batch_size=self.settings.batch_size,
             per=self.settings.per,
             positions=self.settings.positions,
+            prefix_cache=self.settings.prefix_cache,
         )
         self.encoder = self.session.encoder
         self.encoder.add_needs(self._needs())
