@@ -177,6 +177,13 @@ def test_a_sample_shows_its_image_with_the_places_of_its_tokens(checkpoint, pope
         assert np.abs(np.asarray(image, float) - np.asarray(original, float)).mean() < 12
     # Four questions about each image; each image once.
     assert len(data["images"]) == len({int(key) // 4 for key in own["samples"]})
+    questions = {key: sample["question"] for key, sample in own["samples"].items()}
+    for path in tmp_path.glob("runs/*/samples_pope.jsonl"):  # as lmms_eval logs them
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        bare = [{name: value for name, value in row.items() if name not in ("doc", "arguments")} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in bare))
+    found = written(tmp_path / "runs").data()["benchmarks"][0]["samples"]
+    assert {key: sample["question"].partition("\n")[0] for key, sample in found.items()} == questions
     record = json.loads((tmp_path / "runs" / "llava_random" / "run.json").read_text())
     assert record["directory"] == str(pope_tree)
     stages = [record["totals"][f"seconds_{stage}"] for stage in ("open", "encode", "generate")]
@@ -283,3 +290,10 @@ def test_stages_of_runs_that_were_joined_are_those_of_all(tmp_path):
     page = written(tmp_path)
     cost = next(row for row in page.rows if row[0] == "unpruned" and len(row) == 8)
     assert cost[1:6] == ["250.00", "500.00", "1000.00", "250.00", "2000.00"]
+
+
+def test_texts_and_kept_tokens_are_bounded_too(results, monkeypatch):
+    monkeypatch.setattr(html, "MOST_LETTERS", 150)
+    (own,) = written(results).data()["benchmarks"]
+    assert 1 <= len(own["samples"]) < 3
+    assert own["hidden"] == 3 - len(own["samples"])

@@ -52,7 +52,7 @@ def model_label(run: Measured) -> str:
 
 
 def flips(
-    models: Sequence[Sequence[Setting]], gallery: Gallery, most_samples: int
+    models: Sequence[Sequence[Setting]], gallery: Gallery, most_samples: int, most_letters: int
 ) -> tuple[dict[str, Any], dict[tuple[int, str], list[Cost]]]:
     """The page's data, and what every sample of a run (by its number) and a task cost.
 
@@ -63,6 +63,7 @@ def flips(
         models: the settings of each model; runs of different models share no benchmark.
         gallery: takes the images.
         most_samples: of all benchmarks together, those that differ most first.
+        most_letters: of their texts and kept tokens.
     """
     runs = [run for settings in models for setting in settings for run in setting.runs]
     numbers = {id(run): number for number, run in enumerate(runs)}
@@ -76,7 +77,7 @@ def flips(
     notes: Counter[str] = Counter()
     spent: dict[tuple[int, str], list[Cost]] = {}
     for own in benchmarks:
-        _add_samples(own, runs, gallery, kept, notes, spent)
+        _add_samples(own, runs, gallery, kept, notes, spent, most_letters // len(benchmarks))
     data = {
         "runs": [run_label(run, len(models) > 1) for run in runs],
         "benchmarks": benchmarks,
@@ -150,7 +151,7 @@ def _keep_most_differing(benchmarks: Sequence[dict[str, Any]], most: int) -> Non
     ]
     chosen = sorted(ordered)[:most]
     for number, own in enumerate(benchmarks):
-        listed = sorted(sample for _, owner, sample in chosen if owner == number)
+        listed = [sample for _, owner, sample in chosen if owner == number]
         own["hidden"] = len(own["differing"]) - len(listed)
         own["differing"] = listed
 
@@ -162,28 +163,48 @@ def _add_samples(
     kept: dict[str, int],
     notes: Counter[str],
     spent: dict[tuple[int, str], list[Cost]],
+    most_letters: int,
 ) -> None:
     """Questions, targets, kept tokens and pictures of the listed samples, and the costs of all."""
-    task, wanted, samples = own["task"], set(own.pop("differing")), {}
-    texts = own.pop("texts")
+    task, ranked = own["task"], own.pop("differing")
+    wanted, texts, found = set(ranked), own.pop("texts"), {}
+    rows: dict[int, list[tuple[Measured, str, dict[str, Any], Cost | None]]] = {sample: [] for sample in ranked}
     for entry in own["runs"]:
         run = runs[entry["run"]]
         for sample, (part, row) in enumerate(rows_of(run, task)):
             if (cost := costs(row)) is not None:
                 spent.setdefault((entry["run"], task), []).append(cost)
             if sample in wanted:
-                found = samples.setdefault(sample, _sample(part, row, texts[sample], part != task))
-                if cost is not None:
-                    which = kept.setdefault(" ".join(cost.which), len(kept))
-                    found["tokens"][entry["run"]] = [cost.native, cost.kept, which]
-                found["rows"].append((run, part, row, cost))
-    for found in tqdm([samples[sample] for sample in sorted(samples)], f"images of {task}", unit="sample"):
+                found.setdefault(sample, _sample(part, row, texts[sample], part != task))
+                rows[sample].append((run, part, row, cost))
+    listed = _that_fit(ranked, found, rows, most_letters)
+    own["hidden"] += len(ranked) - len(listed)
+    own["samples"] = {}
+    for sample in tqdm(sorted(listed), f"images of {task}", unit="sample"):
+        shown = own["samples"][sample] = found[sample] | {"tokens": {}, "pictures": {}}
+        for entry, (*_, cost) in zip(own["runs"], rows[sample], strict=True):
+            if cost is not None:
+                which = kept.setdefault(" ".join(cost.which), len(kept))
+                shown["tokens"][entry["run"]] = [cost.native, cost.kept, which]
         try:
-            found["pictures"] = _pictures(gallery, task, found.pop("rows"), own["runs"])
+            shown["pictures"] = _pictures(gallery, task, rows[sample], own["runs"])
         except NoPictures as error:
-            found["pictures"] = {}
             notes[str(error)] += 1
-    own["samples"] = samples
+        _, part, row, _ = rows[sample][0]
+        shown["question"] = shown["question"] or _short(gallery.questions.get((part, row["doc_id"]), ""))
+
+
+def _that_fit(ranked: Sequence[int], found: dict[int, dict], rows: dict[int, list], most_letters: int) -> list[int]:
+    """The first samples whose texts and kept tokens have no more letters together."""
+    listed, letters = [], 0
+    for sample in ranked:
+        own = found[sample]
+        letters += sum(map(len, (own["question"], own["target"], own["category"], *own["texts"])))
+        letters += sum(30 + sum(map(len, cost.which)) for *_, cost in rows[sample] if cost is not None)
+        if letters > most_letters:
+            break
+        listed.append(sample)
+    return listed
 
 
 def rows_of(run: Measured, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -206,8 +227,6 @@ def _sample(part: str, row: dict[str, Any], texts: list[str], is_part: bool) -> 
         "target": _short(_target(row.get("target"))),
         "category": str(category),
         "texts": texts,
-        "tokens": {},
-        "rows": [],
     }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rcb_lmms.families.images import Visual
     from rcb_lmms.report.reading import Run
 
-LONG_SIDE_PX = 384
+LONG_SIDE_PX, FEW_COLOURS = 384, 4096
 # Of a run's record, what decides where its tokens lie.
 _GEOMETRY = ("family", "pretrained", "preprocess", "split", "video_backend", "max_frames_num")
 
@@ -51,6 +51,7 @@ class Gallery:
     Attributes:
         images: data URIs.
         pictures: see `picture_of`.
+        questions: texts by task and number of the samples that were shown; `lmms_eval --output_path` logs none.
         left_out: distinct images that found no room.
     """
 
@@ -59,6 +60,7 @@ class Gallery:
     most_bytes: int
     images: list[str] = field(default_factory=list)
     pictures: list[dict[str, Any]] = field(default_factory=list)
+    questions: dict[tuple[str, int], str] = field(default_factory=dict)
     left_out: int = 0
     _bytes: int = 0
     _known: dict[str, int | None] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Gallery:
 
     def _visuals(self, run: Run, task: str, row: dict[str, Any], family: Family) -> list[Visual]:
         """What a sample shows, from the first data set that has the sample's document under its number."""
-        from rcb_lmms.engine.questions import load_turns
+        from rcb_lmms.engine.questions import load_turns, said
         from rcb_lmms.runs.tasks import working_directory
 
         problem = None
@@ -102,9 +104,13 @@ class Gallery:
                 loaded = self._once((task, folder), functools.partial(_load, task, folder))
                 with working_directory(folder):
                     doc = _document(loaded, task, folder, row)
-                    return load_turns(family, task, loaded.doc_to_messages(doc))[1]
+                    turns, visuals = load_turns(family, task, loaded.doc_to_messages(doc))
+                self.questions[task, row["doc_id"]] = said(turns)
+                return visuals
             except NoPictures as error:
                 problem = problem or error
+            except Exception as error:  # whatever a damaged document raises, the report is written without it
+                problem = problem or NoPictures(f"{type(error).__name__} in {folder}: {error}"[:300])
         raise problem
 
     def _places(self, run: Run, task: str) -> list[Path]:
@@ -151,8 +157,9 @@ class Gallery:
     def _embed(self, image: Image) -> int | None:
         name = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
         if name not in self._known:
-            uri = data_uri(image)
-            if self._bytes + len(uri) > self.most_bytes:
+            full = self.left_out and self._bytes > 0.98 * self.most_bytes
+            uri = "" if full else data_uri(image)
+            if full or self._bytes + len(uri) > self.most_bytes:
                 self._known[name] = None
                 self.left_out += 1
             else:
@@ -185,8 +192,11 @@ def data_uri(image: Image) -> str:
     """A small copy of an image, as JPEG or PNG, whichever is shorter."""
     image = image.convert("RGB")
     image.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX))
+    kinds = {"jpeg": {"quality": 80, "optimize": True}}
+    if image.getcolors(FEW_COLOURS):  # a photograph as PNG takes long and is never the shorter one
+        kinds["png"] = {"optimize": True}
     found = []
-    for kind, options in (("jpeg", {"quality": 80, "optimize": True}), ("png", {"optimize": True})):
+    for kind, options in kinds.items():
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         found.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")

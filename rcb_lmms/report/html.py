@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Together with answers and records, a file stays below 15 MB.
-MOST_IMAGE_BYTES = 9_000_000
+MOST_IMAGE_BYTES = 8_000_000
 MOST_SAMPLES = 1500
+MOST_LETTERS = 3_500_000
 STAGES = {
     "open": "opening images",
     "encode": "vision tower, choosing, packing",
@@ -56,7 +57,7 @@ def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path
     # A quickstart's data lies beside its runs.
     guesses = [Path(results) / "data", Path(results).parent / "data", Path.cwd()]
     gallery = Gallery([*map(Path, folders)], guesses, MOST_IMAGE_BYTES)
-    data, spent = flips(models, gallery, MOST_SAMPLES)
+    data, spent = flips(models, gallery, MOST_SAMPLES, MOST_LETTERS)
     page = _template().render(
         title="/".join(Path(results).resolve().parts[-2:]),
         models=[_model(settings, spent, _numbers(models)) for settings in models],
