@@ -16,9 +16,9 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.schedules import mean_tokens
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
-from rcb_lmms.report.collect import Excluded
+from rcb_lmms.report.collect import Excluded, left_out
 from rcb_lmms.report.paper import comparisons, numbers
-from rcb_lmms.report.paper_text import left_out, readable, write_paper_table
+from rcb_lmms.report.paper_text import readable, write_paper_table
 from rcb_lmms.report.published import eval_configs, layout, layouts
 from rcb_lmms.resources import data_dir
 from rcb_lmms.runs.configs import Entry, for_checkpoint, read_configs, run_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,17 @@ class Excluded:
 
     path: Path
     reason: str
+
+
+def left_out(excluded: Sequence[Excluded]) -> list[str]:
+    """Run folders that could not be used, a line for each reason."""
+    reasons: dict[str, list[Path]] = {}
+    for entry in excluded:
+        reasons.setdefault(" ".join(entry.reason.split()), []).append(entry.path)
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
+        for reason, paths in reasons.items()
+    ]
 
 
 def collect(results: Path) -> tuple[list[Measured], list[Excluded]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report.cells import PaperTable, measure
-from rcb_lmms.report.collect import Excluded
+from rcb_lmms.report.collect import left_out
 from rcb_lmms.report.paper import comparisons, numbers
 from rcb_lmms.report.published import Layout
 from rcb_lmms.report.tables import probability
@@ -150,17 +150,6 @@ def blank(table: PaperTable) -> list[str]:
             needed = f"rcb eval {block.config}" if block.config else "the unpruned model of a block below"
             lines.append(f"{block.title}: {len(absent)} runs are not there, {absent[0].parent.name} first ({needed})")
     return lines
-
-
-def left_out(excluded: list[Excluded]) -> list[str]:
-    """Run folders that could not be used, a line for each reason."""
-    reasons: dict[str, list[Path]] = {}
-    for entry in excluded:
-        reasons.setdefault(" ".join(entry.reason.split()), []).append(entry.path)
-    return [
-        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
-        for reason, paths in reasons.items()
-    ]
 
 
 def _tabulated(frame: pd.DataFrame, form: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
-from rcb_lmms.report.collect import Excluded, Measured
+from rcb_lmms.report.collect import Excluded, Measured, left_out
 from rcb_lmms.report.summary import comparison_table, summary_table, version_notes
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Pa
         parts += ["Against random pruning, task by task:", _markdown(readable_comparisons(comparisons))]
     parts += version_notes((run.path, run.record) for run in runs)
     if excluded:
-        parts += ["Left out:", "\n".join(f"- {entry.path.name}: {entry.reason}" for entry in excluded)]
+        parts += ["Left out:", "\n".join(f"- {line}" for line in left_out(excluded))]
     write_atomic(out / "table.md", "\n\n".join(parts) + "\n")
     write_atomic(out / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     write_atomic(out / "comparisons.csv", comparisons.to_csv(index=False, lineterminator="\n"))
