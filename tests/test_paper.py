@@ -178,6 +178,18 @@ def test_figure_9_has_no_number_that_was_not_printed(tmp_path):
     assert printed["Ours 64"] == pytest.approx(89.3, abs=0.05)
 
 
+def test_cells_say_what_answers_they_share_with_the_unpruned_model(whole):
+    frame = numbers(measure(layout("table-1"), whole)).set_index(["block", "row", "column"])
+    block = "LLaVA-1.5 7B, retain 144 visual tokens"
+    # Of eight answers the unpruned model has all right, RCB the first six, the smaller image the first two.
+    shared = frame.loc[(block, "Ours", "POPE")]
+    assert (shared["right_to_wrong"], shared["wrong_to_right"]) == (2 / 8, 0)
+    assert (shared["hard_samples"], shared["hard_accuracy"]) == (6, pytest.approx(4 / 6))
+    assert frame.loc[(block, "FastV", "MMEP"), "right_to_wrong"] == 3 / 8
+    unpruned = frame.xs("w/o Split 576×", level="row")
+    assert unpruned["agreement"].isna().all()
+
+
 # Configurations
 
 

@@ -58,8 +58,11 @@ def agreement(before: Scores, after: Scores) -> Agreement:
     same = sum(plain(one) == plain(two) for one, two in zip(before.answers, after.answers, strict=True))
     if not (before.judged and after.judged):
         return Agreement(len(before.answers), same, 0, 0, 0)
+    import numpy as np
+
     was, is_now = before.marks == 1, after.marks == 1
-    return Agreement(len(was), same, len(was), int((was & ~is_now).sum()), int((~was & is_now).sum()))
+    scored = int((~np.isnan(before.marks)).sum())
+    return Agreement(len(was), same, scored, int((was & ~is_now).sum()), int((~was & is_now).sum()))
 
 
 def summed(parts: Iterable[Agreement]) -> Agreement:
@@ -85,6 +88,19 @@ def hard_samples(unpruned: Scores, downsampled: Scores, runs: Sequence[Scores]) 
         return 0, 0.0
     chosen = (unpruned.marks == 1) & (downsampled.marks != 1)
     return int(chosen.sum()), sum(int((own.marks[chosen] == 1).sum()) for own in runs) / len(runs)
+
+
+def cell_columns(
+    runs: Sequence[Scores], unpruned: Scores | None, downsampled: Scores | None
+) -> dict[str, float | None]:
+    """`agreement_columns` of one task, without the prefixed ones: for a cell of the paper's tables."""
+    if unpruned is None or any(own is unpruned for own in runs):
+        return {}
+    columns = averaged([agreement(unpruned, own) for own in runs]).shares()
+    if downsampled is not None and all(own is not downsampled for own in runs):
+        count, right = hard_samples(unpruned, downsampled, runs)
+        columns |= {"hard_accuracy": right / count, "hard_samples": count} if count else {}
+    return columns
 
 
 def agreement_columns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.report.agreement import cell_columns
 from rcb_lmms.report.cells import Cell, PaperTable
 from rcb_lmms.report.published import Block, Column, Layout, Row, layouts
 from rcb_lmms.report.statistics import mean_interval, paired_p
@@ -12,13 +13,16 @@ from rcb_lmms.report.statistics import mean_interval, paired_p
 if TYPE_CHECKING:
     import pandas as pd
 
+SHARED = ("agreement", "right_to_wrong", "wrong_to_right", "hard_accuracy", "hard_samples")
+
 
 def numbers(table: PaperTable) -> pd.DataFrame:
     """One row per cell and average: where it is printed, the printed and the measured number, absolute and relative.
 
     Columns: `table`, `block`, `row`, `column`, `place`, `published`, `published_std`, `published_tokens`,
     `published_relative`, `measured`, `measured_std` (over seeds), `seeds`, `relative` (to the unpruned model, in
-    percent), `retained_tokens`, `layer_average_tokens`, `control` (not a row of the paper), `folder`.
+    percent), `retained_tokens`, `layer_average_tokens`, `control` (not a row of the paper), `folder`, and what the
+    answers behind a cell have in common with the unpruned model's (see `cell_columns`).
     """
     import pandas as pd
 
@@ -43,7 +47,10 @@ def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Column) -> 
     cell, printed = table.cell(block, row, column), row.published.get(column.heading)
     whole = table.reference(block, column) if block.reference else cell
     printed_whole = table.layout.reference(block, row).published.get(column.heading)
+    shared = {} if cell is None else _shared(cell, whole, _downsampled(table, block, row, column))
     return {
+        **dict.fromkeys(SHARED),
+        **shared,
         "published": printed and printed.value,
         "published_std": printed and printed.std,
         "published_tokens": printed and printed.tokens,
@@ -56,6 +63,18 @@ def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Column) -> 
         "layer_average_tokens": cell and cell.mean("layer_average"),
         "folder": cell and " ".join(run.folder.parent.name for run in cell.runs),
     }
+
+
+def _downsampled(table: PaperTable, block: Block, row: Row, column: Column) -> Cell | None:
+    """The control that makes the image as small as a row's budget."""
+    rows = [other for other in block.rows if other.method == "downsample"]
+    same = [other for other in rows if other.arguments.get("keep") == row.arguments.get("keep")]
+    return table.cell(block, same[0], column) if same else None
+
+
+def _shared(cell: Cell, whole: Cell | None, downsampled: Cell | None) -> dict[str, float | None]:
+    unpruned, smaller = (own and own.runs[0].scores for own in (whole, downsampled))
+    return cell_columns([run.scores for run in cell.runs], unpruned, smaller)
 
 
 def _average_numbers(layout: Layout, row: Row, label: str, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -65,10 +65,11 @@ class Scores:
 
     @property
     def judged(self) -> bool:
-        """Whether every answer is right or wrong, 1 or 0, and nothing between."""
+        """Whether every answer that is scored is right or wrong, 1 or 0, and nothing between."""
         import numpy as np
 
-        return bool(np.isin(self.marks, (0, 1)).all())
+        marks = self.marks[~np.isnan(self.marks)]
+        return bool(len(marks) and np.isin(marks, (0, 1)).all())
 
 
 def samples_of(
