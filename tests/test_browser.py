@@ -174,7 +174,9 @@ def test_light_dark_phone_and_print(browser, report):
     assert light.evaluate(background) == dark.evaluate(background)
     light.click("#theme")
     assert light.evaluate(background) == "rgb(255, 255, 255)"
+    dark.set_viewport_size({"width": 794, "height": 1123})  # A4
     dark.emulate_media(media="print")
+    assert dark.evaluate("document.documentElement.scrollWidth") <= 794
     assert dark.evaluate(background) == "rgb(255, 255, 255)"
     assert not dark.is_visible("#controls")
     phone, _ = opened(browser, report, viewport={"width": 360, "height": 740})
