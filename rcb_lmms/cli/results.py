@@ -74,6 +74,7 @@ def report(
     """Write one HTML file: tables, charts, costs, budgets, and the samples on which runs differ, with kept tokens."""
     from rcb_lmms.report.html import write_report
 
+    typer.echo(f"reading the runs below {results}", err=True)
     file = write_report(results, out or results / "report.html", data or ())
     typer.echo(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

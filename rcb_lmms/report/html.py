@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report import charts
@@ -60,7 +62,9 @@ def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path
     data, spent = flips(models, gallery, MOST_SAMPLES, MOST_LETTERS)
     page = _template().render(
         title="/".join(Path(results).resolve().parts[-2:]),
-        models=[_model(settings, spent, _numbers(models)) for settings in models],
+        models=[
+            _model(settings, spent, _numbers(models)) for settings in tqdm(models, "tables and charts", unit="model")
+        ],
         several=len(models) > 1,
         laboratory=all(str(run.arguments.get("pretrained")).partition(":")[0] == "lab" for run in runs),
         legend=LEGEND,
