@@ -59,7 +59,7 @@ def literal(family, pruner, asked) -> list[str]:
             ((view,),) = family.encode([family.open(image)], pruner.needs)
             packed = family.pack_selected([view], [pruner.choose(view)])
         answers += generate(family, [family.embed(family.prompt(text), [packed])], OPTIONS).texts
-    return answers
+    return [answer.strip() for answer in answers]
 
 
 def ours(family, pruner, asked, batch_size: int, prefix_cache: str) -> list[str]:

@@ -62,3 +62,16 @@ def lab_images(
 
     typer.echo(f"wrote {len(codebook_images(out, count, family))} scenes to {out}")
     typer.echo(f"next: rcb codebook build --model lab:{family} --images {out} --out lab.safetensors")
+
+
+@lab_app.command("pairs")
+def lab_pairs(
+    out: Annotated[Path, typer.Option(help="Folder in which lmms_eval then finds the pairs.")],
+    count: Annotated[int, typer.Option(help="Pairs of scenes.", min=1)] = 60,
+) -> None:
+    """Write pairs of scenes with known differences, for the task rcb_spot_the_difference."""
+    from rcb_lmms.lab.pairs import write_pairs
+
+    typer.echo(f"wrote {count} pairs to {write_pairs(out, count)}")
+    arguments = "--model llava_onevision_rcb --model_args pretrained=lab,split=false,ratio=0.25"
+    typer.echo(f"next: cd {out} && lmms_eval {arguments} --tasks rcb_spot_the_difference")

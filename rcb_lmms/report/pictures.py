@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 QUESTION = "What does this image show?"
-INCHES, CAPTION_LETTERS = 1.75, 34
+INCHES, CAPTION_LETTERS = 1.75, 30
 
 
 @dataclass(frozen=True)
