@@ -17,7 +17,7 @@ from rcb_lmms.models.arguments import resolve
 from rcb_lmms.models.command import check_command, task_words
 from rcb_lmms.runs.tasks import make_task_manager
 
-README = Path(__file__).parents[1] / "README.md"
+EVALUATE = Path(__file__).parents[1] / "docs" / "evaluate.md"
 
 BAD = [
     # entry, model_args, what is found, what is allowed
@@ -164,8 +164,8 @@ def test_no_task_of_lmms_eval_or_ours_is_called_misspelt():
     assert set(make_task_manager().all_tasks) <= task_words()
 
 
-def test_the_readme_names_every_argument():
-    text = README.read_text()
+def test_the_documentation_names_every_argument():
+    text = EVALUATE.read_text()
     every = {name for family, method in PARTS.values() for name in argument_types(family, method)}
     assert {name for name in every if f"`{name}`" not in text and f"`{name}=" not in text} == set()
 

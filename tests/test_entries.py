@@ -568,8 +568,8 @@ def test_two_processes_give_the_results_of_one(entry, checkpoints, documents, co
 # What is kept and shown
 
 
-def test_the_readme_shows_the_table_of_entries():
-    text = Path(__file__).parents[1].joinpath("README.md").read_text()
+def test_the_documentation_shows_the_table_of_entries():
+    text = Path(__file__).parents[1].joinpath("docs", "entries.md").read_text()
     _, _, rest = text.partition(table.BEGIN + "\n")
     shown, _, _ = rest.partition("\n" + table.END)
     assert shown == table.entries_table(), "python -m rcb_lmms.models.table"

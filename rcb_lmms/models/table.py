@@ -1,4 +1,4 @@
-"""The README's table of entries, made from the registry: `python -m rcb_lmms.models.table` writes it there."""
+"""The table of entries in `docs/entries.md`, made from the registry: `python -m rcb_lmms.models.table` writes it."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ def _media(family: type[Family]) -> tuple[str, str, str]:
     return "yes" if tiled else "no", several, frames
 
 
-def write(readme: Path) -> None:
-    """Put the table between the two marks of a README.
+def write(page: Path) -> None:
+    """Put the table between the two marks of a page.
 
     Raises:
         UserError: there is no such file, or it lacks a mark.
     """
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, begin, rest = text.partition(BEGIN + "\n")
     _, end, after = rest.partition("\n" + END)
     if not begin or not end:
         raise UserError(
-            wanted=f"the table of entries in {readme}",
+            wanted=f"the table of entries in {page}",
             found="no file" if not text else "no place for it",
             allowed=f"a file with the lines {BEGIN} and {END}",
             next_step="run the command in a checkout of this repository",
         )
-    write_atomic(readme, (before + begin + entries_table() + end + after).encode())
+    write_atomic(page, (before + begin + entries_table() + end + after).encode())
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        write(Path(__file__).parents[2] / "README.md")
+        write(Path(__file__).parents[2] / "docs" / "entries.md")

@@ -131,7 +131,8 @@ def draw_kept(
         ]
     figure = _figure(lines, list(pruners), scores)
     if not asked and (seeing := [name for name, pruner in pruners.items() if pruner.sees_question]):
-        figure.supxlabel(f'{", ".join(seeing)} chooses by the question, here "{shown[0].text}"', fontsize=8)
+        verb = "chooses" if len(seeing) == 1 else "choose"
+        figure.supxlabel(f'{", ".join(seeing)} {verb} by the question, here "{shown[0].text}"', fontsize=8)
     return save_figure(figure, out, formats)
 
 
