@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from rcb_lmms.cli import calibrate, results, run, show
-from rcb_lmms.cli.analyze import analyze_app
 from rcb_lmms.cli.artefacts import checkpoint_app, codebook_app
+from rcb_lmms.cli.codebook_study import analyze_app
 from rcb_lmms.cli.lab import lab_app
 from rcb_lmms.cli.regress import regress_app
 from rcb_lmms.errors import exit_on_user_error

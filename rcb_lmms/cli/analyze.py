@@ -27,7 +27,8 @@ Setting = Annotated[list[str] | None, typer.Option(help="NAME=VALUE of a codeboo
 Out = Annotated[Path, typer.Option(help="Folder for tables and pictures.")]
 
 
-def _settings(model: str, preset: str | None, setting: list[str] | None = None) -> BuildSettings:
+def settings_of(model: str, preset: str | None, setting: list[str] | None = None) -> BuildSettings:
+    """A codebook's rules: by default the laboratory's own for its models, the released ones for others."""
     from rcb_lmms.codebook.settings import parse_changes, settings_for
     from rcb_lmms.families import family_of
 
@@ -35,7 +36,7 @@ def _settings(model: str, preset: str | None, setting: list[str] | None = None) 
     return settings_for(family_of(model), own, **parse_changes(setting or []))
 
 
-def _open(
+def open_session(
     model: str,
     preset: str | None,
     batch_size: int,
@@ -44,11 +45,12 @@ def _open(
     dtype: str,
     setting: list[str] | None = None,
 ) -> tuple[Session, BuildSettings]:
+    """The unpruned model, and a codebook's rules for it."""
     from rcb_lmms.engine.session import Session
     from rcb_lmms.families import load_family
     from rcb_lmms.pruners import make_pruner
 
-    settings = _settings(model, preset, setting)
+    settings = settings_of(model, preset, setting)
     family = load_family(model, preprocess=preprocess, device=device, dtype=dtype)
     return Session(family, make_pruner("none"), batch_size=batch_size), settings
 
@@ -81,7 +83,7 @@ def _numbers(layers: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _write_table(table: pd.DataFrame, out: Path, facts: dict[str, Any]) -> None:
+def write_table(table: pd.DataFrame, out: Path, facts: dict[str, Any]) -> None:
     """A table as TSV and, with what it was made from, as JSON."""
     from rcb_lmms.files import write_atomic
 
@@ -114,7 +116,7 @@ def tokens(
     from rcb_lmms.analysis.tokens import decoder_layers, read_tokens, token_maps
     from rcb_lmms.report.drawing import draw_maps
 
-    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    session, settings = open_session(model, preset, batch_size, preprocess, device, dtype)
     shown = open_shown(session, image)
     chosen = parse_tokens(tokens, len(shown.view))
     wanted = decoder_layers(session.family.layers, _numbers(layers))
@@ -129,7 +131,7 @@ def tokens(
     table = pd.DataFrame([row.cells() for row in readings])
     typer.echo(table.nlargest(12, "probability").to_string(index=False, float_format="{:.3g}".format))
     facts = {"model": model, "image": str(image), "prompts": prompt or [settings.prompt], "layers": wanted}
-    _write_table(table, out / f"tokens-{shown.name}", facts)
+    write_table(table, out / f"tokens-{shown.name}", facts)
 
 
 @analyze_app.command("influence")
@@ -153,7 +155,7 @@ def influence(
     from rcb_lmms.analysis.images import open_shown, parse_tokens
     from rcb_lmms.report.drawing import draw_maps
 
-    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    session, settings = open_session(model, preset, batch_size, preprocess, device, dtype)
     settings = settings if prompt is None else replace(settings, prompt=prompt)
     shown = open_shown(session, image)
     found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings)
@@ -166,7 +168,7 @@ def influence(
     facts, told = study.explain_cascade(found)
     table = study.influence_table(shown, found)
     given = {"model": model, "image": str(image), "prompt": settings.prompt, "preset": settings.preset}
-    _write_table(table, stem, given | {"cascade": facts, "candidates": changes.to_dict("records")})
+    write_table(table, stem, given | {"cascade": facts, "candidates": changes.to_dict("records")})
     typer.echo(table.nlargest(8, "jsd_combined").to_string(index=False, float_format="{:.3g}".format))
     typer.echo(told)
 
@@ -191,14 +193,14 @@ def curves(
     from rcb_lmms.codebook.listing import find_images
 
     files = find_images(images)[:limit]
-    session, settings = _open(model, preset, batch_size, preprocess, device, dtype)
+    session, settings = open_session(model, preset, batch_size, preprocess, device, dtype)
     wanted = decoder_layers(session.family.layers, _numbers(layers))
     table = study.measure_images(session, files, settings, wanted, patches)
     found = study.curves(table)
     told = study.explain_curves(found, table)
     typer.echo(f"wrote {', '.join(map(str, study.draw_curves(found, out / 'curves')))}")
     facts = {"model": model, "images": len(files), "layers": wanted, "preset": settings.preset, "finding": told}
-    _write_table(table, out / "curves", facts | {"curves": [study.curve_facts(curve) for curve in found]})
+    write_table(table, out / "curves", facts | {"curves": [study.curve_facts(curve) for curve in found]})
     typer.echo(told)
 
 
@@ -222,122 +224,16 @@ def features(
 
     _need_one(IMAGE=image, stats=stats)
     if image is not None:
-        session, settings = _open(model, preset, batch_size, preprocess, device, dtype, setting)
+        session, settings = open_session(model, preset, batch_size, preprocess, device, dtype, setting)
         shown = open_shown(session, image)
         table = study.image_features(session, shown, settings, method)
         files = study.draw_features(table, out / f"features-{shown.name}")
         told = study.explain_outliers(table, settings.tau_prob)
-        _write_table(table, out / f"features-{shown.name}", {"model": model, "image": str(image), "finding": told})
+        write_table(table, out / f"features-{shown.name}", {"model": model, "image": str(image), "finding": told})
     else:
-        found = study.candidate_map(stats, _settings(model, preset, setting), method)
+        found = study.candidate_map(stats, settings_of(model, preset, setting), method)
         files = study.draw_candidate_map(found, out / "candidates")
         told = found.told()
-        _write_table(found.table, out / "candidates", {"stats": str(stats), "finding": told})
+        write_table(found.table, out / "candidates", {"stats": str(stats), "finding": told})
     typer.echo(f"wrote {', '.join(map(str, files))}")
     typer.echo(told)
-
-
-@analyze_app.command("codebook")
-def codebook(
-    stats: Annotated[Path, typer.Argument(help="OUT.stats, the folder of statistics of `rcb codebook build`.")],
-    model: Pretrained = "lab:llava_next",
-    preset: Preset = None,
-    setting: Setting = None,
-    out: Out = Path("analysis"),
-    size: Annotated[int | None, typer.Option(help="Images or questions of each laboratory benchmark.", min=1)] = None,
-) -> None:
-    """Leave out each threshold and images of a codebook, without the model; fill Table 3 on the laboratory."""
-    from rcb_lmms.analysis.study import ablate, ablation_table, save_variants
-
-    variants = ablate(stats, _settings(model, preset, setting))
-    for file in save_variants(variants, out / "codebooks" / "ablation"):
-        typer.echo(f"wrote {file}")
-    table = ablation_table(variants, stats)
-    _write_table(table, out / "ablation", {"stats": str(stats), "model": model})
-    typer.echo(table.to_string(index=False, float_format="{:.3g}".format))
-    if model == "lab:llava_next":
-        _fill_table_3(model, out, size)
-    else:
-        typer.echo(f"next: cd {out} && rcb eval table-3_llava-next-8b, the paper's model and tasks")
-
-
-def _fill_table_3(model: str, out: Path, size: int | None) -> None:
-    from rcb_lmms.cli.results import paper_table
-    from rcb_lmms.lab.data import TASKS, write_data
-    from rcb_lmms.runs.configs import read_configs
-    from rcb_lmms.runs.evaluate import evaluate
-    from rcb_lmms.runs.tasks import working_directory
-
-    config = "table-3_llava-next-8b"
-    asked = {entry.task for entry in read_configs([config])}
-    benchmarks = [name for name, task in TASKS.items() if task in asked]
-    sizes = dict.fromkeys(benchmarks, size) if size else None
-    write_data(out, family="llava_next", benchmarks=benchmarks, sizes=sizes)
-    with working_directory(out):
-        problems = evaluate([config], Path("results"), pretrained=model, batch_size=64)
-        paper_table("table-3", Path("results"), Path())
-    for problem in problems:
-        typer.echo(f"failed: {problem}", err=True)
-    if problems:
-        raise typer.Exit(1)
-
-
-@analyze_app.command("coverage")
-def coverage(
-    codebook: Annotated[str, typer.Argument(help="File or id of a codebook.")],
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
-    gallery: Annotated[bool, typer.Option(help="The images are the codebook's: draw the patches behind it.")] = False,
-    model: Pretrained = "lab",
-    out: Out = Path("analysis"),
-    preprocess: Preprocess = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """How much of a data set's tokens a codebook resembles; with --gallery, which patches its prototypes are."""
-    from rcb_lmms.analysis import prototypes as study
-    from rcb_lmms.codebook import Codebook
-    from rcb_lmms.codebook.listing import find_images
-
-    book, files = Codebook.load(codebook), find_images(images)
-    session, _ = _open(model, None, 16, preprocess, device, dtype)
-    name = str(book.meta.get("id", "codebook"))
-    if gallery:
-        drawn = study.draw_gallery(study.gallery(session, book, files), out / f"gallery-{name}")
-        typer.echo(f"wrote {', '.join(map(str, drawn))}")
-    table, facts = study.coverage(session, book, files)
-    _write_table(table, out / f"coverage-{name}", {"codebook": codebook, "folder": str(images)} | facts)
-    typer.echo(table.to_string(index=False, float_format="{:.3g}".format))
-    typer.echo(
-        f"{facts['tokens']} tokens of {facts['images']} images: the largest cosine is "
-        f"{facts['largest_cosine']['median']:.2f} in the median; {facts['nearest']} of {facts['prototypes']} "
-        "prototypes are the nearest one of some token."
-    )
-
-
-@analyze_app.command("cost")
-def cost(
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
-    model: Pretrained = "lab",
-    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
-    ratio: Annotated[float, typer.Option(help="Share of the tokens that stays, for the prefill.")] = 1 / 9,
-    limit: Annotated[int, typer.Option(help="Images, the first by name.", min=1)] = 8,
-    out: Out = Path("analysis"),
-    preprocess: Preprocess = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """FLOPs, seconds and memory of RCB's scoring beside the tower's and the prefill's (paper 5.3)."""
-    from rcb_lmms.analysis.overhead import explain_overhead, overhead
-    from rcb_lmms.budget import Budget
-    from rcb_lmms.codebook.listing import find_images
-    from rcb_lmms.families import default_codebook
-    from rcb_lmms.pruners import make_pruner
-
-    session, _ = _open(model, None, 1, preprocess, device, dtype)
-    book = codebook or default_codebook(session.family.name, model)
-    pruner = make_pruner("rcb", codebook=book, budget=Budget.ratio(ratio))
-    table = overhead(session, pruner, find_images(images)[:limit])
-    facts = {"model": model, "codebook": book, "device": str(session.family.device), "dtype": str(session.family.dtype)}
-    _write_table(table, out / "cost", facts)
-    typer.echo(table.to_string(index=False, float_format="{:.3g}".format))
-    typer.echo(explain_overhead(table))
