@@ -67,6 +67,21 @@ def picture(*size):
     return Visual((Image.new("RGB", size),))
 
 
+def test_one_resolution_for_every_image(make, name):
+    known = [list(own) for own in make(name).model.config.image_grid_pinpoints]
+    height, width = known[-1]
+    family = make(name, grid=f"{height}x{width}" if height != width else str(height))
+    sizes = [(112, 56), (40, 160), (90, 90)]
+    tiles = height * width // family.side_px**2
+    for size in sizes:
+        image = Visual((tiny.random_image(1, *size),))
+        assert len(family.encode([image])[0]) == 1 + tiles
+        assert len(family.places(image)) == 1 + tiles
+    assert len({len(make(name).encode([Visual((tiny.random_image(1, *size),))])[0]) for size in sizes}) > 1
+    with pytest.raises(UserError, match=f"{height}x{width}"):
+        make(name, grid="77")
+
+
 # Native packing
 
 

@@ -40,21 +40,34 @@ class TiledFamily(Family):
         processor: its processor.
         split: cut a single image into tiles; `False` sees it in its base view alone.
         pack: how views become one sequence, see the module.
+        grid: `auto` takes the best of the checkpoint's resolutions for each image; one of them, as `672` or `336x672`
+            (height and width in pixels), is taken for all. VisPruner and CDPruner always see five views: `grid=672`.
         options: see `Family`.
+
+    Raises:
+        UserError: a packing or a resolution that there is not.
     """
 
-    options = ("split", "pack")
+    options = ("split", "pack", "grid")
     # The views' number of tokens from which tiles are shrunk, as a multiple of one view's; `None` is never.
     most_views: int | None = None
 
-    def __init__(self, model: Any, processor: Any, *, split: bool = True, pack: str = "auto", **options: Any):
+    def __init__(
+        self, model: Any, processor: Any, *, split: bool = True, pack: str = "auto", grid: str = "auto", **options: Any
+    ):
         super().__init__(model, processor, **options)
         self.split, self.packing = split, choose("pack", pack, PACKINGS)
+        known = {f"{height}x{width}": [height, width] for height, width in model.config.image_grid_pinpoints}
+        named = grid if grid == "auto" or "x" in grid else f"{grid}x{grid}"
+        self.pinpoints = list(known.values()) if grid == "auto" else [known[choose("grid", named, tuple(known))]]
 
     def pixels(self, visual: Visual) -> Tensor:
         """See `Family.pixels`: the base view first."""
         if self.split and visual.role == "image":
-            return self.processor.image_processor(visual.image, return_tensors="pt")["pixel_values"][0]
+            tiled = self.processor.image_processor(
+                visual.image, image_grid_pinpoints=self.pinpoints, return_tensors="pt"
+            )
+            return tiled["pixel_values"][0]
         return self.base_pixels(visual.image)
 
     def places(self, visual: Visual) -> list[Place]:
@@ -63,8 +76,7 @@ class TiledFamily(Family):
             return super().places(visual)
         places = [Place(number, (0, 0, *frame.size)) for number, frame in enumerate(visual.frames)]
         if self.split and visual.role == "image":
-            pinpoints = self.processor.image_processor.image_grid_pinpoints
-            places += [Place(0, tile) for tile in tile_regions(visual.image.size, pinpoints, self.side_px)]
+            places += [Place(0, tile) for tile in tile_regions(visual.image.size, self.pinpoints, self.side_px)]
         return places
 
     def base_pixels(self, image: Image) -> Tensor:
@@ -101,7 +113,7 @@ class TiledFamily(Family):
         import torch
         from transformers.image_processing_utils import select_best_resolution
 
-        best = select_best_resolution((image.height, image.width), self.model.config.image_grid_pinpoints)
+        best = select_best_resolution((image.height, image.width), self.pinpoints)
         rows, columns = (side // self.side_px for side in best)
         plane = torch.stack(list(views[1:])).view(rows, columns, *self.grid, -1).permute(4, 0, 2, 1, 3)
         plane = plane.flatten(3, 4).flatten(1, 2)  # (d, rows of tokens, columns of tokens)

@@ -47,7 +47,7 @@ LOADING = {
     "video_backend": one_of(BACKENDS),
     "max_frames_num": Count,
 }
-FAMILY_OPTIONS = {"split": bool, "pack": one_of(PACKINGS)}
+FAMILY_OPTIONS = {"split": bool, "pack": one_of(PACKINGS), "grid": Text}
 BUDGETS = {
     "keep": Annotated[Number, Field(gt=0, le=1 << 31)],
     # A view has at most 729 tokens: under this not one of them would stay.
