@@ -57,6 +57,16 @@ def test_answers_are_those_of_whole_prompts(family, method, batch_size):
     assert len({answer.text for answer in whole}) > 4
 
 
+def test_a_video_before_the_question_is_shared_too(family, tmp_path):
+    for number in range(3):
+        tiny.random_image(50 + number, 64, 48).save(tmp_path / f"{number}.png")
+    questions = [Question(f"What happens{' then' * n}?", videos=[tmp_path], name=str(n)) for n in range(5)]
+    whole = session(family, "none", prefix_cache="off", batch_size=3).answer(questions, **FAST)
+    shared = session(family, "none", prefix_cache="on", batch_size=3)
+    assert shared.answer(questions, **FAST) == whole
+    assert shared.prefixes.computed == 1
+
+
 def test_original_positions_are_kept_behind_a_shared_prefix(family):
     options = {"positions": "original", "batch_size": 4}
     if family.name == "llava_next":
