@@ -457,7 +457,7 @@ def test_two_processes_give_the_file_of_one(calibrated, tasks, next_checkpoint, 
     one = calibrated(["paper"])
     arguments = {"pretrained": next_checkpoint, "codebook": str(codebook_file), "tasks": str(tasks)}
     arguments["out"] = str(tmp_path / "two.yaml")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633", "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port(), "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = str(Path(__file__).parent)
     code = "import sys, test_calibrate; test_calibrate.work(sys.argv[1])"
     command = [sys.executable, "-c", code, json.dumps(arguments)]

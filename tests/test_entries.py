@@ -550,7 +550,7 @@ def test_two_processes_give_the_results_of_one(entry, checkpoints, documents, co
     (tmp_path / "documents").write_bytes(pickle.dumps(documents))
     given = [json.dumps({**arguments, "max_frames_num": 4}), str(tmp_path / "documents"), str(tmp_path / "two")]
     code = "import sys, test_entries; test_entries.work(*sys.argv[1:])"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port(), "OMP_NUM_THREADS": "1"}
     shared |= {"RCB_CACHE": str(tmp_path / "other-cache"), "PYTHONPATH": str(Path(__file__).parent)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code, *given], env={**os.environ, **shared, "RANK": str(rank)})

@@ -38,6 +38,15 @@ TEXT = {
 }
 
 
+def free_port() -> str:
+    """A port for processes that meet; another run of the suite on the machine gets another one."""
+    import socket
+
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return str(opened.getsockname()[1])
+
+
 def build_tokenizer():
     """Bytes and five special tokens: `<unk>`, `<s>`, `</s>`, `<pad>` and, as id 4, `<image>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
