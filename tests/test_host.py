@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import test_models
+import tiny
 
 from rcb_lmms import errors
 from rcb_lmms.lab.data import write_data
@@ -173,7 +174,8 @@ def test_the_hosts_own_command_says_what_it_lacks_and_ends_with_an_error(pope_tr
 def test_two_processes_give_the_results_of_one(command, entry, pope_tree, checkpoint, codebook_file, tmp_path):
     arguments = f"pretrained={checkpoint},keep=5,codebook={codebook_file}"
     assert command("--model", entry, model_args=f",keep=5,codebook={codebook_file}") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", tiny.free_port(), "-m"]
+    meet = ["--nproc_per_node", "2", "--master_port", tiny.free_port()]
+    launch = [sys.executable, "-m", "torch.distributed.run", *meet, "-m"]
     given = ["--model", entry, "--model_args", arguments, "--tasks", "pope", "--batch_size", "8", "--log_samples"]
     subprocess.run(
         [*launch, "rcb_lmms.runs.host", *given, "--output_path", str(tmp_path / "two")],
