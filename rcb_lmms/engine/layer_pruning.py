@@ -198,8 +198,7 @@ class LayerPruning:
         """Have the method choose among what the step before left, row by row."""
         step = self.steps[index]
         where_each, stays, valid, queries = self._left(index, hidden)
-        first_each = where_each if index == 0 else self._first
-        self._first = first_each
+        visual = candidates(self._spans, self._padding)  # also those that steps before dropped
         step.forget()
         for row, where in enumerate(where_each):
             if not len(where):  # a prompt without images
@@ -210,7 +209,7 @@ class LayerPruning:
                 positions = queries[row, columns]
                 view = self._watch.view(
                     self._decoder, step.layer, hidden, row, columns, torch.searchsorted(positions, where),
-                    positions - padding, first_each[row] - padding, index,
+                    positions - padding, visual[row] - padding,
                 )  # fmt: skip
                 choice = self._select(row, index, view)
             known = where if index == 0 else self.steps[index - 1].origins[row]

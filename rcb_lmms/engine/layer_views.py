@@ -54,7 +54,6 @@ class Watch:
         candidates: Tensor,
         places: Tensor,
         visual: Tensor,
-        step: int,
     ) -> LayerView:
         """One prompt's view.
 
@@ -67,7 +66,6 @@ class Watch:
             candidates: `(c,)` indices among these.
             places: `(m,)` positions in the unpruned prompt.
             visual: `(v,)` positions there of its visual tokens.
-            step: its number.
         """
         before, following = decoder.layers[layer - 1], decoder.layers[layer]
         columns = columns.to(hidden.device)
@@ -85,7 +83,6 @@ class Watch:
 
         embeds = self.embeds[row, self.embeds.shape[1] - int(places[-1]) - 1 :]
         return LayerView(
-            step=step,
             hidden=own,
             before=self.before[row][columns],
             candidates=candidates,

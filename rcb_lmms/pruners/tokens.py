@@ -103,7 +103,6 @@ class LayerView:
     """One prompt inside the decoder, at a step of a schedule, where it has `m` tokens.
 
     Attributes:
-        step: number of the step, from 0.
         hidden: `(m, d)` what the next layer gets; `before` is what the layer before it got.
         candidates: `(c,)` indices among the `m` of the visual tokens that may go, ascending.
         places: `(m,)` positions in the unpruned prompt; merged tokens take those of tokens that went.
@@ -115,7 +114,6 @@ class LayerView:
         norm: the decoder's last norm.
     """
 
-    step: int
     hidden: Tensor
     before: Tensor
     candidates: Tensor
