@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -85,6 +86,19 @@ class Budget:
             )
         return count
 
+    def exceeds(self, native: int, shares: int = 1) -> bool:
+        """Whether a number of tokens, spent `shares` times, is more than `native`."""
+        return self.kind == "tokens" and self.value * shares > native
+
+    def spent(self, native: int, shares: int = 1, encoded: int = 0) -> int:
+        """Tokens that stay of a prompt's `native`: all of them where its packing left fewer of `encoded` than `count`.
+
+        Raises:
+            UserError: as `count` does.
+        """
+        among = max(native, encoded) if self.exceeds(native, shares) else native
+        return min(native, self.count(among, shares))
+
     def split(self, parts: int) -> list[Budget]:
         """Budgets of `parts` views that have this one together; the first views get what is left over.
 
@@ -106,12 +120,19 @@ class Budget:
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"
 
 
+def mean_tokens(counts: Sequence[float], layers: Sequence[int], native: float, depth: int) -> float:
+    """Visual tokens that the layers process on average: `native` before the first step, `counts` behind each."""
+    ends = [*layers[1:], depth]
+    behind = sum(count * (end - begin) for count, begin, end in zip(counts, layers, ends, strict=True))
+    return (native * layers[0] + behind) / depth
+
+
 def layer_average(rank: float, native: float, layer: int, layers: int) -> float:
     """Visual tokens per layer, averaged over the decoder, when layers from `layer` on see `rank` of `native`.
 
     SparseVLM's convention for comparing FastV with pruning before the language model.
     """
-    return (layer * native + (layers - layer) * rank) / layers
+    return mean_tokens([rank], [layer], native, layers)
 
 
 def rank_for_layer_average(target: float, native: float, layer: int, layers: int) -> int:

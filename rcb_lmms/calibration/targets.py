@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rcb_lmms.budget import Budget, layer_average, rank_for_layer_average
+from rcb_lmms.budget import Budget, layer_average, mean_tokens, rank_for_layer_average
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import PRUNERS, make_pruner
-from rcb_lmms.pruners.schedules import mean_tokens
 
 if TYPE_CHECKING:
     from rcb_lmms.calibration.scores import Scores

@@ -56,7 +56,7 @@ def ledger_row(
     seen = [prompt.retained] * shape.layers  # visual tokens of each layer
     for step in steps:
         seen[step.layer :] = [step.keep] * (shape.layers - step.layer)
-    capped = bool(steps) and pruner.budget.kind == "tokens" and pruner.budget.value * shares > prompt.retained
+    capped = bool(steps) and pruner.budget.exceeds(prompt.retained, shares)
     # The candidates are the visual tokens that stand in the prompt; newlines between them stay.
     flops = sum(shape.layer_flops(len(prompt) - prompt.retained + count) for count in seen)
     return LedgerRow(

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.attention import largest
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_whole
-from rcb_lmms.pruners.none import keep_all
-from rcb_lmms.pruners.schedules import layers_of, spent
+from rcb_lmms.pruners.checks import check_whole
+from rcb_lmms.pruners.schedules import InDecoder, layers_of
 from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ VISUAL_PIVOTS = TEXT_PIVOTS = 4
 
 
 @dataclass(frozen=True)
-class DART(Pruner):
+class DART(InDecoder):
     """Pivots have the keys of largest length; each takes the tokens that are least like it.
 
     Follows ZichenWen1/DART as VTC-Bench copies it: before the layer, pivots are the four visual tokens and the four
@@ -42,16 +40,11 @@ class DART(Pruner):
     label: ClassVar[str] = "DART"
     summary: ClassVar[str] = "inside the LLM, what duplicates pivots goes"
     paper: ClassVar[str] = "Wen et al., EMNLP 2025 (arXiv 2502.11494)"
-    stage: ClassVar[str] = "layers"
     sees_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_budget(self, *self.budgets)
+        super().__post_init__()
         check_whole("dart's number of full layers", self.layer, 1)
-
-    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
-        """Every token, since nothing is known before the decoder has run; every score is 0."""
-        return keep_all(view)
 
     def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
         """One step, behind `layer` layers; the budget counts what is left behind it.
@@ -59,7 +52,7 @@ class DART(Pruner):
         Raises:
             UserError: fewer tokens than the visual pivots, or more than the released code can leave.
         """
-        count = spent(self.budget, native, shares, encoded)
+        count = self.budget.spent(native, shares, encoded)
         if self.preset == "official" and count < native:
             count = VISUAL_PIVOTS + 8 * (count // 8)
         if not VISUAL_PIVOTS <= count <= native:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rcb_lmms.budget import rank_for_layer_average
-from rcb_lmms.pruners.base import LayerStep, Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_choice, check_whole
-from rcb_lmms.pruners.none import keep_all
+from rcb_lmms.pruners.checks import check_choice, check_whole
+from rcb_lmms.pruners.schedules import InDecoder
+from rcb_lmms.pruners.tokens import LayerStep
 
 
 @dataclass(frozen=True)
-class FastV(Pruner):
+class FastV(InDecoder):
     """Pruning inside the decoder: this class holds the numbers, `rcb_lmms.engine.layer_pruning` does the work.
 
     Attributes:
@@ -35,12 +35,11 @@ class FastV(Pruner):
     name: ClassVar[str] = "fastv"
     label: ClassVar[str] = "FastV"
     summary: ClassVar[str] = "inside the LLM, by the question"
-    stage: ClassVar[str] = "layers"
     sees_question: ClassVar[bool] = True
     paper: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
 
     def __post_init__(self) -> None:
-        check_budget(self, "tokens", "ratio")
+        super().__post_init__()
         check_whole("fastv's number of full layers", self.layer, 1)
         check_choice("fastv's mode", self.mode, ("drop", "mask"))
         check_choice("fastv's way of counting tokens", self.convention, ("rank", "layer_average"))
@@ -49,10 +48,6 @@ class FastV(Pruner):
     def reprunes(self) -> bool:
         """Whether every decoded token prunes the prompt anew."""
         return self.preset == "official"
-
-    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
-        """Every token, since nothing is known before the decoder has run; every score is 0."""
-        return keep_all(view)
 
     def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
         """One step, behind `layer` layers."""
@@ -73,10 +68,5 @@ class FastV(Pruner):
         Raises:
             UserError: a budget above what the views have, or a layer average that the full layers alone exceed.
         """
-        whole = self.capped(native, shares)
-        count = min(native, self.budget.count(max(native, encoded) if whole else native, shares))
+        count = self.budget.spent(native, shares, encoded)
         return count if self.convention == "rank" else rank_for_layer_average(count, native, self.layer, layers)
-
-    def capped(self, native: int, shares: int = 1) -> bool:
-        """Whether a count asks for more tokens than the prompt has."""
-        return self.budget.kind == "tokens" and self.budget.value * shares > native

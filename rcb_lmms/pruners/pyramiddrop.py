@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rcb_lmms.pruners.attention import largest
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget
-from rcb_lmms.pruners.none import keep_all
-from rcb_lmms.pruners.schedules import layers_of, mean_tokens, solved, spent
+from rcb_lmms.pruners.schedules import InDecoder, layers_of
 from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Pruner):
+class PyramidDrop(InDecoder):
     """The shares r, r squared and r cubed of the visual tokens stay behind three layers.
 
     Follows Cooperx521/PyramidDrop at 6444f30: before a layer, the attention that this layer's own projections give the
@@ -33,16 +30,8 @@ class PyramidDrop(Pruner):
     label: ClassVar[str] = "PyramidDrop"
     summary: ClassVar[str] = "inside the LLM, in three stages, by the question"
     paper: ClassVar[str] = "Xing et al., CVPR 2025 (arXiv 2410.17247)"
-    stage: ClassVar[str] = "layers"
     sees_question: ClassVar[bool] = True
     positions: ClassVar[str] = "contiguous"
-
-    def __post_init__(self) -> None:
-        check_budget(self, *self.budgets)
-
-    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
-        """Every token, since nothing is known before the decoder has run; every score is 0."""
-        return keep_all(view)
 
     def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
         """Three steps whose mean over the layers is the budget; shares are cut to whole tokens, at least one."""
@@ -51,9 +40,7 @@ class PyramidDrop(Pruner):
         def counts(share: float) -> list[int]:
             return [max(1, int(native * share**power)) for power in range(1, len(behind) + 1)]
 
-        target = spent(self.budget, native, shares, encoded)
-        found = solved(self.name, counts, lambda own: mean_tokens(own, behind, native, layers), target)
-        return [LayerStep(layer, count) for layer, count in zip(behind, found, strict=True)]
+        return self.solved(counts, behind, native, layers, self.budget.spent(native, shares, encoded))
 
     def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
         """By the last token's attention in the layer that comes."""

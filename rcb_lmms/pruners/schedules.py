@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
+from rcb_lmms.budget import mean_tokens
 from rcb_lmms.errors import BudgetError, UserError
-
-if TYPE_CHECKING:
-    from rcb_lmms.budget import Budget
+from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
+from rcb_lmms.pruners.checks import check_budget
+from rcb_lmms.pruners.none import keep_all
+from rcb_lmms.pruners.tokens import LayerStep
 
 # Of the language models that the papers' layers were chosen for (Vicuna 7B, Llama 3 8B).
 PAPER_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class InDecoder(Pruner):
+    """A method that leaves views whole, and prunes between layers of the decoder by a schedule."""
+
+    stage: ClassVar[str] = "layers"
+
+    def __post_init__(self) -> None:
+        check_budget(self, *self.budgets)
+
+    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
+        """Every token, since nothing is known before the decoder has run; every score is 0."""
+        return keep_all(view)
+
+    def solved(
+        self, counts_of: Callable[[float], list[int]], behind: Sequence[int], native: int, depth: int, target: int
+    ) -> list[LayerStep]:
+        """The steps whose mean over the layers is nearest to `target`, from the counts that a share gives."""
+        found = solved(self.name, counts_of, lambda own: mean_tokens(own, behind, native, depth), target)
+        return [LayerStep(layer, count) for layer, count in zip(behind, found, strict=True)]
 
 
 def layers_of(method: str, given: str, default: Sequence[int], depth: int) -> list[int]:
@@ -37,13 +61,6 @@ def layers_of(method: str, given: str, default: Sequence[int], depth: int) -> li
     return layers
 
 
-def mean_tokens(counts: Sequence[int], layers: Sequence[int], native: int, depth: int) -> float:
-    """Visual tokens that the layers process on average: `native` before the first step, `counts` behind each."""
-    ends = [*layers[1:], depth]
-    behind = sum(count * (end - begin) for count, begin, end in zip(counts, layers, ends, strict=True))
-    return (native * layers[0] + behind) / depth
-
-
 def solved(
     method: str, counts_of: Callable[[float], list[int]], mean: Callable[[list[int]], float], target: float
 ) -> list[int]:
@@ -65,9 +82,3 @@ def solved(
         middle = (low + high) / 2
         low, high = (middle, high) if mean(counts_of(middle)) < target else (low, middle)
     return min(counts_of(low), counts_of(high), key=lambda counts: abs(mean(counts) - target))
-
-
-def spent(budget: Budget, native: int, shares: int, encoded: int) -> int:
-    """Tokens that a budget allows a prompt of `native` visual tokens, all of them where a packing left too few."""
-    capped = budget.kind == "tokens" and budget.value * shares > native
-    return min(native, budget.count(max(native, encoded) if capped else native, shares))

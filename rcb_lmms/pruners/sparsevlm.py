@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rcb_lmms.budget import mean_tokens
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.attention import largest
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget, check_choice
-from rcb_lmms.pruners.none import keep_all
-from rcb_lmms.pruners.schedules import layers_of, mean_tokens, solved, spent
+from rcb_lmms.pruners.checks import check_choice
+from rcb_lmms.pruners.schedules import InDecoder, layers_of, solved
 from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ HEADS, OF_HEADS = 14, 32
 
 
 @dataclass(frozen=True)
-class SparseVLM(Pruner):
+class SparseVLM(InDecoder):
     """Raters are text tokens behind the image that it resembles more than their mean; their attention ranks.
 
     Follows Gumpest/SparseVLMs at 26a5f48. Version 1.5 merges three tenths of what goes into a few tokens behind the
@@ -53,11 +52,10 @@ class SparseVLM(Pruner):
     label: ClassVar[str] = "SparseVLM"
     summary: ClassVar[str] = "inside the LLM, rated by words, the rest merged"
     paper: ClassVar[str] = "Zhang et al., ICML 2025 (arXiv 2410.04417)"
-    stage: ClassVar[str] = "layers"
     sees_question: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_budget(self, *self.budgets)
+        super().__post_init__()
         check_choice("sparsevlm's version", self.version, tuple(RANKED))
 
     @property
@@ -65,14 +63,10 @@ class SparseVLM(Pruner):
         """Renumbered where tokens are merged."""
         return "contiguous" if self.version == "1.5" else "original"
 
-    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
-        """Every token, since nothing is known before the decoder has run; every score is 0."""
-        return keep_all(view)
-
     def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
         """Three steps; `keep` counts merged tokens too."""
         behind = layers_of(self.name, self.layers, (3, 7, 16), layers)
-        target = spent(self.budget, native, shares, encoded)
+        target = self.budget.spent(native, shares, encoded)
         lists = RANKED[self.version]
         known = min(lists, key=lambda own: abs(own / NATIVE - target / native))
         if target * NATIVE == known * native:

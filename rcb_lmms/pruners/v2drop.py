@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rcb_lmms.pruners.attention import largest
-from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
-from rcb_lmms.pruners.checks import check_budget
-from rcb_lmms.pruners.none import keep_all
-from rcb_lmms.pruners.schedules import layers_of, mean_tokens, solved, spent
+from rcb_lmms.pruners.schedules import InDecoder, layers_of
 from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 
 
 @dataclass(frozen=True)
-class V2Drop(Pruner):
+class V2Drop(InDecoder):
     """A share of what is left stays behind two layers, and one token behind a third.
 
     Follows xuyang-liu16/V2Drop at 219e03e: a token counts by how far the layer before moved its hidden state; rotary
@@ -32,14 +29,6 @@ class V2Drop(Pruner):
     label: ClassVar[str] = "V2Drop"
     summary: ClassVar[str] = "inside the LLM, by how far layers move a token"
     paper: ClassVar[str] = "Chen et al., CVPR 2026 (arXiv 2509.01552)"
-    stage: ClassVar[str] = "layers"
-
-    def __post_init__(self) -> None:
-        check_budget(self, *self.budgets)
-
-    def select(self, view: VisualTokens, question: str | None = None) -> Selection:
-        """Every token, since nothing is known before the decoder has run; every score is 0."""
-        return keep_all(view)
 
     def schedule(self, native: int, layers: int, shares: int = 1, encoded: int = 0) -> list[LayerStep]:
         """Steps whose mean over the layers is the budget; shares are of what is left, cut, at least one token."""
@@ -51,9 +40,7 @@ class V2Drop(Pruner):
                 own.append(max(1, int(own[-1] * share)))
             return [*own[1:], 1]
 
-        target = spent(self.budget, native, shares, encoded)
-        found = solved(self.name, counts, lambda own: mean_tokens(own, behind, native, layers), target)
-        return [LayerStep(layer, count) for layer, count in zip(behind, found, strict=True)]
+        return self.solved(counts, behind, native, layers, self.budget.spent(native, shares, encoded))
 
     def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
         """By the length of what the layer before added."""
