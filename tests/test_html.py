@@ -17,6 +17,7 @@ import tiny_onevision
 from PIL import Image
 from stored import NATIVE, save_run
 
+from rcb_lmms.engine.clock import STAGES
 from rcb_lmms.engine.ledger import pack_kept
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.places import split_region
@@ -182,12 +183,16 @@ def test_a_sample_shows_its_image_with_the_places_of_its_tokens(checkpoint, pope
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         bare = [{name: value for name, value in row.items() if name not in ("doc", "arguments")} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in bare))
-    found = written(tmp_path / "runs").data()["benchmarks"][0]["samples"]
+    page = written(tmp_path / "runs")
+    found = page.data()["benchmarks"][0]["samples"]
     assert {key: sample["question"].partition("\n")[0] for key, sample in found.items()} == questions
     record = json.loads((tmp_path / "runs" / "llava_random" / "run.json").read_text())
     assert record["directory"] == str(pope_tree)
-    stages = [record["totals"][f"seconds_{stage}"] for stage in ("open", "encode", "generate")]
-    assert 0 < sum(stages) <= record["totals"]["seconds"]
+    stages = [record["totals"][f"seconds_{stage}"] for stage in STAGES]
+    assert min(stages) > 0
+    assert sum(stages) <= record["totals"]["seconds"]
+    cost = next(row for row in page.rows if row[0].startswith("random") and len(row) == 11)
+    assert [float(cell) for cell in cost[1:7]] == pytest.approx([1000 * own / 24 for own in stages], abs=0.006)
 
 
 def _image(uri: str) -> Image.Image:
@@ -287,7 +292,7 @@ def test_stages_of_runs_that_were_joined_are_those_of_all(tmp_path):
         "seconds_encode": 2.0,
         "seconds_generate": 4.0,
     }
-    page = written(tmp_path)
+    page = written(tmp_path)  # records of before the stages were told further apart
     cost = next(row for row in page.rows if row[0] == "unpruned" and len(row) == 8)
     assert cost[1:6] == ["250.00", "500.00", "1000.00", "250.00", "2000.00"]
 

@@ -11,6 +11,7 @@ import torch
 
 from rcb_lmms import Session
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.clock import STAGES
 from rcb_lmms.engine.ledger import pack_kept, unpack_kept
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Question
@@ -57,6 +58,16 @@ def test_batches_windows_and_company_change_no_answer(family):
     drawn = {"do_sample": True, "temperature": 2.0, **FAST}
     some = session(family).answer(questions[3:], **drawn)
     assert session(family, batch_size=4).answer(questions, **drawn)[3:] == some
+
+
+@pytest.mark.parametrize(("method", "options"), [("random", {}), ("random", {"prefix_cache": "on"}), ("fastv", {})])
+def test_stages_are_told_apart_and_first_tokens_wait_for_their_batch(family, method, options):
+    own = session(family, method, **options)
+    own.answer(asked(3), **FAST)
+    spent = dict(own.seconds)
+    assert min(spent[stage] for stage in STAGES) > 0
+    before = sum(spent[stage] for stage in STAGES[:4])
+    assert spent["first_token"] == pytest.approx(before + 3 * spent["prefill"])
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
+from rcb_lmms.engine.clock import Clock
 from rcb_lmms.engine.generation import out_of_memory
 from rcb_lmms.engine.ledger import pack_kept
 from rcb_lmms.errors import UserError
@@ -33,6 +34,9 @@ class ImageEncoder:
         batch_size: images and video frames per call of the family; halved when memory runs out.
         store_bytes: bound on what is remembered.
         per: `view` or `image`: what the pruner's budget is spent on.
+
+    Attributes:
+        clock: seconds by stage of all that is done with it.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class ImageEncoder:
     ):
         self.family, self.needs, self.batch_size, self.per = family, needs, batch_size, per
         self.encoded_images = 0
+        self.clock = Clock(family.device)
         self._views: LRUCache[Hashable, list[VisualTokens]] = LRUCache(store_bytes, lambda views: _bytes_of(views))
         self._packed: LRUCache[Hashable, PackedImage] = LRUCache(store_bytes, lambda packed: packed.embeds.nbytes)
         self._pruners: dict[int, Pruner] = {}  # kept alive, so that an id names one pruner for good
@@ -65,7 +70,9 @@ class ImageEncoder:
         found = {visual.key: self._views.get((smaller, visual.key)) for visual in visuals}
         pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
         for batch in self.batches(pending.values()):
-            for visual, views in zip(batch, self._encode(batch, self._size(smaller)), strict=True):
+            with self.clock.timed("tower"):
+                encoded = self._encode(batch, self._size(smaller))
+            for visual, views in zip(batch, encoded, strict=True):
                 _check_finite(views)
                 found[visual.key] = views
                 _put(self._views, (smaller, visual.key), views)
@@ -113,7 +120,8 @@ class ImageEncoder:
         return views, [self._choose(own, pruner, question) for own in views]
 
     def _choose(self, views: list[VisualTokens], pruner: Pruner, question: str | None) -> list[Selection]:
-        return choose_views(pruner, asked(self.family, views, pruner, question), self.per, question)
+        with self.clock.timed("choose"):
+            return choose_views(pruner, asked(self.family, views, pruner, question), self.per, question)
 
     def packed(self, visuals: Sequence[Visual], pruner: Pruner, question: str | None = None) -> list[PackedImage]:
         """Pruned and packed images and videos; the pruner chooses once per visual, or per visual and question."""
@@ -124,10 +132,11 @@ class ImageEncoder:
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing, pruner), strict=True):
             selections = self._choose(views, pruner, question)
-            packed = self.family.pack_selected(views, selections, visual)
-            if any(len(own.kept) < len(own.scores) for own in selections):
-                kept = (pack_kept(own.kept.tolist(), len(own.scores)) for own in selections)
-                packed = replace(packed, kept=tuple(kept))
+            with self.clock.timed("pack"):
+                packed = self.family.pack_selected(views, selections, visual)
+                if any(len(own.kept) < len(own.scores) for own in selections):
+                    kept = (pack_kept(own.kept.tolist(), len(own.scores)) for own in selections)
+                    packed = replace(packed, kept=tuple(kept))
             found[visual.key] = packed
             _put(self._packed, (name, read, visual.key), packed)
         return [found[visual.key] for visual in visuals]

@@ -7,6 +7,7 @@ retained tokens mean a shorter batch.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Generated:
         finite: whether all logits of each were numbers.
         steps: what a layer method did to each prompt; empty without visual tokens, and without a layer method.
         layer_kept: for each, kept positions among its visual tokens, `(k,)`, behind a layer method's last step.
+        prefill_seconds: until the logits of the first tokens were known.
     """
 
     texts: list[str]
@@ -42,6 +44,7 @@ class Generated:
     finite: list[bool]
     steps: list[list[LayerStep]]
     layer_kept: list[Tensor | None]
+    prefill_seconds: float
 
 
 def left_pad(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int]]:
@@ -115,10 +118,10 @@ def generate(
 
     if prefixes is not None:
         return _continue(family, prompts, options, prefixes)
+    watch = _Finite(len(prompts))
     embeds, mask, starts = left_pad(prompts)
     layered = pruner is not None and pruner.stage == "layers"
     steps = [layer_steps(pruner, prompt, family.layers, per) if layered and prompt.spans else [] for prompt in prompts]
-    watch = _Finite(len(prompts))
     with contextlib.ExitStack() as stack, torch.inference_mode():
         pruning = None
         if any(steps):
@@ -165,7 +168,8 @@ def _generated(
     family: Family, ids: Tensor, watch: _Finite, steps: list[list[LayerStep]], kept: list[Tensor | None]
 ) -> Generated:
     texts = family.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return Generated(texts, [_length(row, family) for row in ids.tolist()], watch.finite.tolist(), steps, kept)
+    lengths = [_length(row, family) for row in ids.tolist()]
+    return Generated(texts, lengths, watch.finite.tolist(), steps, kept, watch.first - watch.began)
 
 
 def _generate_anew(
@@ -209,17 +213,24 @@ def _generate_anew(
 
 
 class _Finite:
-    """A logits processor that changes nothing and remembers which prompts' logits were no numbers."""
+    """A logits processor that changes nothing; it notes which prompts' logits were no numbers, and when the first came.
+
+    Attributes:
+        finite: `(b,)` whether all logits of a prompt were numbers so far.
+        began, first: on the clock, when it was made and when the first logits were known.
+    """
 
     def __init__(self, prompts: int):
         import torch
 
         self.finite = torch.ones(prompts, dtype=torch.bool)
+        self.began, self.first = time.perf_counter(), 0.0
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         # Minus infinity alone is what other processors write for tokens that may not be drawn.
         wrong = scores.isnan().any(dim=1) | scores.isposinf().any(dim=1) | scores.isneginf().all(dim=1)
         self.finite &= ~wrong.view(len(self.finite), -1).any(dim=1).cpu()  # beams of one prompt stand together
+        self.first = self.first or time.perf_counter()  # a GPU was waited for
         return scores
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +66,7 @@ class Session:
         encoder: of another session on the same model, to share its images.
 
     Attributes:
-        seconds: spent so far on `open`, `encode` (the tower, choosing and packing) and `generate`.
+        seconds: spent so far by stage, see `Clock`; also by other sessions that share its encoder.
     """
 
     def __init__(
@@ -98,15 +96,17 @@ class Session:
         self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
         self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
-        self.seconds: Counter[str] = Counter()
+
+    @property
+    def seconds(self) -> Counter[str]:
+        """See the class."""
+        return self.encoder.clock.seconds
 
     def with_pruner(self, pruner: Pruner) -> Session:
         """Another method on the same model and the same encoded images."""
         self.encoder.add_needs(pruner.needs)
         own = ("batch_size", "per", "positions", "prefix_cache", "seed")
-        other = Session(self.family, pruner, encoder=self.encoder, **{name: getattr(self, name) for name in own})
-        other.seconds = self.seconds
-        return other
+        return Session(self.family, pruner, encoder=self.encoder, **{name: getattr(self, name) for name in own})
 
     def answer(self, questions: Sequence[Question], **generation: Any) -> list[Answer]:
         """Answer questions, in their order.
@@ -129,7 +129,9 @@ class Session:
         while begin < len(questions):
             window = dict(enumerate(questions[begin : begin + WINDOW_BATCHES * self.batch_size], begin))
             begin += len(window)
+            before = self.encoder.clock.before_prefill()
             ready, failed = self._prepare(window)
+            self.seconds["first_token"] += self.encoder.clock.before_prefill() - before
             yield from failed.items()
             for batch in self._batches(ready, 1 if generation.sampled else None):
                 yield from self._generate(batch, window, generation).items()
@@ -149,14 +151,14 @@ class Session:
 
     def _prepare(self, window: dict[int, Question]) -> tuple[dict[int, _Ready], dict[int, Answer]]:
         loaded, ready, failed = {}, {}, {}
-        with self._timed("open"):
+        with self.encoder.clock.timed("open"):
             for index, question in window.items():
                 try:
                     loaded[index] = question.load(self.family)
                 except Exception as error:  # whatever a damaged document raises
                     failed[index] = _failed(error)
-        with self._timed("encode"):
-            packed = self._pack_all(loaded)
+        packed = self._pack_all(loaded)
+        with self.encoder.clock.timed("pack"):
             for index, (messages, visuals) in loaded.items():
                 try:
                     if isinstance(packed[index], Exception):
@@ -224,11 +226,14 @@ class Session:
         if generation.sampled:
             torch.manual_seed(window[next(iter(batch))].draw_seed)
         try:
-            with self._timed("generate"):
-                prompts = [ready.prompt for ready in batch.values()]
-                options = dict(generation.options)
-                prefixes = self.prefixes if self.prefixes and self.prefixes.serves(prompts, options) else None
+            prompts = [ready.prompt for ready in batch.values()]
+            options = dict(generation.options)
+            prefixes = self.prefixes if self.prefixes and self.prefixes.serves(prompts, options) else None
+            with self.encoder.clock.timed("decode"):
                 generated = generate(self.family, prompts, options, self.pruner, self.per, prefixes)
+            self.seconds["decode"] -= generated.prefill_seconds
+            self.seconds["prefill"] += generated.prefill_seconds
+            self.seconds["first_token"] += len(batch) * generated.prefill_seconds
         except BudgetError:
             raise
         except Exception as error:
@@ -282,15 +287,6 @@ class Session:
                 layer_kept[step.layer] = among_visual(prompt, step.kept[0])
                 layer_scores[step.layer] = step.scores[0]
         return Trace(views, selections, layer_kept, layer_scores)
-
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds inside a `with` block to a stage."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - began
 
 
 def _failed(error: Exception) -> Answer:

@@ -223,7 +223,9 @@ class PrunedModel(lmms):
     def clean(self) -> None:
         """Gather what all processes did, report it once, and free the model."""
         every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images, self.resumed))
-        stages = sum(gather(self.session.seconds), Counter())
+        stages = Counter()
+        for own in gather(self.session.seconds):
+            stages.update(own)
         rows = [row for own, *_ in every for row in own]
         self.run.failures = [failure for _, own, *_ in every for failure in own]
         seconds = max(own for _, _, own, *_ in every)

@@ -57,8 +57,8 @@ class RunRecord:
         calibrations: per task, target, achieved and fitted parameter.
         achieved: per task, mean retained, native and layer-averaged visual tokens per question, and their spread.
         failures: `{task, doc_id, error}` of every sample that could not be answered; none of them is scored.
-        totals: questions, images encoded, seconds; of these `seconds_open`, `seconds_encode` and `seconds_generate`,
-            see `Session`, added up over processes.
+        totals: questions, images encoded, seconds; of these `seconds_tower` and so on, added up over processes, see
+            `rcb_lmms.engine.clock`.
         directory: where the run looked for its data sets.
     """
 
@@ -160,4 +160,6 @@ def cost_table(run: RunRecord) -> str:
     ]
     headers = ("task", "tokens kept", "of", "share", "layer average", "prefill GFLOPs", "answered", "failed")
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{run.totals['questions_per_second']:.1f} questions/s\n"
+    asked = run.totals["questions"] - run.totals["resumed_questions"]
+    first = f", {1000 * run.totals['seconds_first_token'] / asked:.3g} ms to the first token" if asked else ""
+    return f"{table}\n\n{run.totals['questions_per_second']:.1f} questions/s{first}\n"

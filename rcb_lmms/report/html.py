@@ -29,10 +29,17 @@ MOST_SAMPLES = 1500
 MOST_LETTERS = 3_500_000
 STAGES = {
     "open": "opening images",
+    "tower": "vision tower",
+    "choose": "choosing",
+    "pack": "packing",
     "encode": "vision tower, choosing, packing",
+    "prefill": "prefill",
+    "decode": "decoding",
     "generate": "language model",
     "rest": "calibration and the rest",
 }
+# What records note now, and what they noted before.
+NOTED = (("open", "tower", "choose", "pack", "prefill", "decode"), ("open", "encode", "generate"))
 
 
 def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path:
@@ -68,7 +75,6 @@ def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path
         several=len(models) > 1,
         laboratory=all(str(run.arguments.get("pretrained")).partition(":")[0] == "lab" for run in runs),
         legend=LEGEND,
-        stages=STAGES,
         data=_script(data),
         notes=[*_left_out(data, gallery), *data["notes"]],
         excluded=[(str(entry.path), entry.reason) for entry in excluded],
@@ -124,13 +130,16 @@ def _model(settings: Sequence[Setting], spent: dict[tuple[int, str], list[Cost]]
     """What the page says of one model."""
     table = summary_table([run for setting in settings for run in setting.runs])
     text = readable(table)
+    spent_in = [_stages(setting) for setting in settings]
+    stages = [stage for stage in STAGES if any(stage in own for own in spent_in)]
     return {
         "label": model_label(settings[0].first),
         "columns": list(text.columns),
         "rows": text.astype(str).values.tolist(),
         "charts": [_charts(table, task, benchmark) for task, benchmark in table.attrs["benchmarks"].items()],
         "legend": [(_svg(charts.legend_mark(number)), label) for number, label in enumerate(_labels(table)) if label],
-        "costs": _costs(settings),
+        "stages": {stage: STAGES[stage] for stage in stages},
+        "costs": _costs(settings, spent_in, stages),
         "ledger": _ledger(settings, table.attrs["benchmarks"], spent, numbers),
     }
 
@@ -184,15 +193,16 @@ def _series(numbers: pd.DataFrame, task: str, benchmark: Benchmark, quantity: st
     return [*found.values(), *levels]
 
 
-def _costs(settings: Sequence[Setting]) -> list[dict[str, Any]]:
+def _costs(
+    settings: Sequence[Setting], found: Sequence[dict[str, float]], stages: Sequence[str]
+) -> list[dict[str, Any]]:
     """Milliseconds of each stage per question, averaged over seeds; what records do not say is blank."""
-    found = [_stages(setting) for setting in settings]
     longest = max((sum(own.values()) for own in found if own), default=0)
     return [
         {
             "label": _label(setting),
-            "stages": [own.get(stage) for stage in STAGES],
-            "shares": [100 * own[stage] / longest for stage in STAGES] if own and longest else [],
+            "stages": [own.get(stage) for stage in stages],
+            "shares": {stage: 100 * own[stage] / longest for stage in stages if stage in own} if longest else {},
             "total": 1000 / speed if (speed := _speed(setting)) else None,
             "gflops": None if (flops := setting.mean("prefill_tflops")) is None else 1000 * flops,
         }
@@ -211,9 +221,10 @@ def _speed(setting: Setting) -> float | None:
 
 def _stages(setting: Setting) -> dict[str, float]:
     totals = [run.record["totals"] for run in setting.runs]
-    names = {stage: f"seconds_{stage}" for stage in STAGES if stage != "rest"}
+    noted = [{stage: f"seconds_{stage}" for stage in stages} for stages in NOTED]
+    names = next((names for names in noted if all({*names.values()} <= own.keys() for own in totals)), None)
     # A run that was resumed did not spend its time on all of its questions.
-    known = all({"questions", "seconds", *names.values()} <= {*own} and own["questions"] for own in totals)
+    known = names and all(own.get("questions") and "seconds" in own for own in totals)
     if not known or any(own.get("resumed_questions") for own in totals):
         return {}
     found = {
