@@ -31,8 +31,9 @@ def settings_of(model: str, preset: str | None, setting: list[str] | None = None
     """A codebook's rules: by default the laboratory's own for its models, the released ones for others."""
     from rcb_lmms.codebook.settings import parse_changes, settings_for
     from rcb_lmms.families import family_of
+    from rcb_lmms.lab.checkpoint import is_lab
 
-    own = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
+    own = preset or ("lab" if is_lab(model) else "official")
     return settings_for(family_of(model), own, **parse_changes(setting or []))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rcb_lmms.cli.analyze import settings_of
 from rcb_lmms.cli.common import Batch, Device, Dtype, Preprocess, Pretrained
 
 codebook_app = typer.Typer(help="Make, import and inspect redundancy codebooks.", no_args_is_help=True)
@@ -35,11 +36,9 @@ def codebook_build(
     """Make a codebook from images. Killed at any moment, the same command continues."""
     from rcb_lmms.codebook import Codebook, build
     from rcb_lmms.codebook.listing import images_of
-    from rcb_lmms.codebook.settings import parse_changes, settings_for
-    from rcb_lmms.families import family_of, load_family
+    from rcb_lmms.families import load_family
 
-    preset = preset or ("lab" if model.partition(":")[0] == "lab" else "official")
-    settings = settings_for(family_of(model), preset, **parse_changes(setting or []))
+    settings = settings_of(model, preset, setting)
     base = None if extend is None else Codebook.load(extend)
     if rethreshold:
         made = build.threshold(Path(f"{out}.stats"), settings, name=out.stem)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import sha256_of
+from rcb_lmms.lab.checkpoint import is_lab, lab_checkpoint
 
 if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
@@ -26,10 +27,8 @@ def fingerprint(path: str, config: Any) -> str:
 
 def weights_hash(family: Family) -> str:
     """The hub's commit, or a hash over a folder's files, every byte of which is read: the same wherever they lie."""
-    from rcb_lmms.lab.checkpoint import lab_checkpoint
-
     if family.revision:
         return str(family.revision)
-    folder = lab_checkpoint(family.name) if family.pretrained.partition(":")[0] == "lab" else Path(family.pretrained)
+    folder = lab_checkpoint(family.name) if is_lab(family.pretrained) else Path(family.pretrained)
     files = sorted(file for file in folder.iterdir() if file.suffix in (*WEIGHTS, ".jinja"))
     return hashlib.sha256(json.dumps([[file.name, sha256_of(file)] for file in files]).encode()).hexdigest()[:16]

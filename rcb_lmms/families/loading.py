@@ -14,6 +14,7 @@ from rcb_lmms.families.original import Original, empty_model, find_original, loa
 from rcb_lmms.families.registry import FAMILIES, default_split, default_template, family_class
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.families.weights import DTYPES, check_finite, check_report, told
+from rcb_lmms.lab.checkpoint import is_lab, lab_checkpoint
 
 
 def family_of(pretrained: str) -> str:
@@ -104,11 +105,8 @@ class _Place:
 
 
 def _locate(pretrained: str, family: str) -> _Place:
-    name, _, own = pretrained.partition(":")
-    if name == "lab":
-        from rcb_lmms.lab.checkpoint import lab_checkpoint
-
-        return _Place(pretrained, str(lab_checkpoint(own or family)))
+    if is_lab(pretrained):
+        return _Place(pretrained, str(lab_checkpoint(pretrained.partition(":")[2] or family)))
     if os.path.isdir(pretrained):  # unlike Path.is_dir, False for a name that is too long
         return _Place(pretrained, pretrained)
     path, _, revision = pretrained.partition("@")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rcb_lmms.families.base import Family
+from rcb_lmms.lab.checkpoint import is_lab
 
 # Dotted paths, so that listing families imports no model.
 FAMILIES = {
@@ -22,8 +23,7 @@ def family_class(name: str) -> type[Family]:
 
 def default_codebook(family: str, pretrained: str) -> str:
     """Id of the codebook an entry means when it names none: the laboratory's or the family's released one."""
-    own = pretrained.partition(":")[0] == "lab"
-    return f"lab-{family.replace('_', '-')}" if own else family_class(family).codebook
+    return f"lab-{family.replace('_', '-')}" if is_lab(pretrained) else family_class(family).codebook
 
 
 def default_template(family: str, pretrained: str) -> str:

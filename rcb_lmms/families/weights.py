@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.lab.checkpoint import is_lab
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ def told(name: str) -> Iterator[None]:
         next_step = f"hf download {name.partition('@')[0][:200]}, or pretrained=lab"
         if os.path.exists(name):
             next_step = "complete the folder"
-        elif name.partition(":")[0] == "lab":
+        elif is_lab(name):
             next_step = "rcb doctor, which looks at what the package carries"
         raise UserError(
             wanted=f"load {name[:200]}",

@@ -9,6 +9,11 @@ from rcb_lmms.errors import UserError
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 
 
+def is_lab(pretrained: str) -> bool:
+    """Whether somebody means a checkpoint of the laboratory: `lab`, or `lab:FAMILY`."""
+    return pretrained.partition(":")[0] == "lab"
+
+
 def lab_checkpoint(family: str = "llava") -> Path:
     """Find the folder of a trained checkpoint.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.report.collect import Excluded
 from rcb_lmms.report.published import Block, Column, Layout, Row
 from rcb_lmms.report.reading import RECORD, RESULTS, Run, Scores, Unusable, read_run
@@ -106,7 +107,7 @@ class PaperTable:
     def measured_on(self) -> str:
         """What the measured numbers are called: they say it where they are those of the laboratory's models."""
         checkpoints = {str(run.pretrained) for cell in self.cells.values() for run in cell.runs}
-        known = checkpoints and all(name.partition(":")[0] == "lab" for name in checkpoints)
+        known = checkpoints and all(map(is_lab, checkpoints))
         return "laboratory model" if known else "here"
 
     def cell(self, block: Block, row: Row, column: Column) -> Cell | None:

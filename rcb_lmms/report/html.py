@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
+from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.report import charts
 from rcb_lmms.report.collect import Benchmark, Measured, collect
 from rcb_lmms.report.flips import Cost, flips, model_label, run_label
@@ -73,7 +74,7 @@ def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path
             _model(settings, spent, _numbers(models)) for settings in tqdm(models, "tables and charts", unit="model")
         ],
         several=len(models) > 1,
-        laboratory=all(str(run.arguments.get("pretrained")).partition(":")[0] == "lab" for run in runs),
+        laboratory=all(is_lab(str(run.arguments.get("pretrained"))) for run in runs),
         legend=LEGEND,
         data=_script(data),
         notes=[*_left_out(data, gallery), *data["notes"]],

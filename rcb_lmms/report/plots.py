@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
+from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.collect import Benchmark
 
@@ -52,7 +53,7 @@ def _figure(table: pd.DataFrame, benchmarks: Mapping[str, Benchmark]) -> Any:
     for panel, (task, benchmark) in zip(panels, benchmarks.items(), strict=True):
         _panel(panel, table.dropna(subset=[f"{task}_accuracy"]), task, benchmark)
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    if table["pretrained"].astype(str).str.partition(":")[0].eq("lab").all():
+    if table["pretrained"].astype(str).map(is_lab).all():
         figure.suptitle("laboratory model")
     columns = -(-len(handles) // 2)
     options = {"loc": "outside lower center", "ncols": columns, "frameon": False}

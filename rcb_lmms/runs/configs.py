@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rcb_lmms.errors import UserError, checked
 from rcb_lmms.files import no_file, read_yaml
+from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.models import PARTS
 from rcb_lmms.models.argument_types import Count, parse_arguments, validated
 from rcb_lmms.resources import data_dir
@@ -46,7 +47,7 @@ def for_checkpoint(entry: Entry, pretrained: str | None) -> dict[str, str]:
     arguments = dict(entry.arguments)
     if pretrained is None:
         return arguments
-    if pretrained.partition(":")[0] == "lab":
+    if is_lab(pretrained):
         arguments.pop("template", None)
         if "keep" in arguments:
             family = PARTS[entry.model][0]
