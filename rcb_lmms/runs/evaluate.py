@@ -19,7 +19,7 @@ from rcb_lmms.files import no_file
 from rcb_lmms.models.command import check_tasks
 from rcb_lmms.models.task_data import check_data
 from rcb_lmms.runs.configs import Entry, for_checkpoint, read_configs, run_folder
-from rcb_lmms.runs.folder import RECORD, locked, read_record, run_evaluation
+from rcb_lmms.runs.folder import RECORD, finished, locked, run_evaluation
 from rcb_lmms.runs.tasks import make_task_manager
 
 RESULTS = "results.json"
@@ -90,7 +90,7 @@ def _told(spent: list[float], left: int) -> str:
 
 def _done(folder: Path) -> bool:
     with contextlib.suppress(UserError):  # a damaged record is reported when its turn comes
-        return (read_record(folder) or {}).get("status") == "success" and (folder / RESULTS).exists()
+        return finished(folder) and (folder / RESULTS).exists()
     return False
 
 
@@ -112,7 +112,7 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
     """Whether the run was made now."""
     with locked(folder):
         done = _done(folder)
-        if not done and (read_record(folder) or {}).get("status") == "success":
+        if not done and finished(folder):
             raise UserError(
                 wanted=f"the results that {folder / RECORD} speaks of",
                 found=f"no {RESULTS} beside it",

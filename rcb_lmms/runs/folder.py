@@ -150,6 +150,11 @@ def read_record(out: Path) -> dict[str, Any] | None:
         ) from error
 
 
+def finished(out: Path) -> bool:
+    """Whether the folder holds the record of a run that succeeded."""
+    return (read_record(out) or {}).get("status") == "success"
+
+
 def _check_same(before: dict[str, Any], question: dict[str, Any], out: Path) -> None:
     differs = [key for key in question if before.get(key) != question[key]]
     if differs:

@@ -159,19 +159,18 @@ def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
 
 
 def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
-    from rcb_lmms.runs.folder import locked, read_record, run_evaluation
+    from rcb_lmms.runs.folder import finished, locked, run_evaluation
     from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
     manager = None
     with working_directory(data):
         for number, step in enumerate(planned, 1):
-            record = read_record(runs / step.name)
             print(f"[{number:2}/{len(planned)}] {step.name:<22}", end="", flush=True)
-            if finished := record is not None and record["status"] == "success":
+            if done := finished(runs / step.name):
                 print("done before")
             began = time.perf_counter()
             with locked(runs / step.name):
-                manager = manager or (None if finished else make_task_manager())
+                manager = manager or (None if done else make_task_manager())
                 try:
                     run_evaluation(
                         step.entry,
@@ -184,7 +183,7 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
                 except BudgetError as error:
                     print(f"refused: {error.wanted}; {error.allowed}", flush=True)
                     continue
-            if not finished:
+            if not done:
                 print(f"{time.perf_counter() - began:5.1f} s", flush=True)
 
 
@@ -210,14 +209,14 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
     from rcb_lmms.models.arguments import resolve
     from rcb_lmms.pruners import PRUNERS
     from rcb_lmms.report.pictures import kept_tokens_picture
-    from rcb_lmms.runs.folder import read_record
+    from rcb_lmms.runs.folder import finished
 
     family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
     images = [family.open(image).image for image in example_images()]
     for keep in budgets:
         chosen = {}
         for step in planned:
-            whole = (read_record(out / "runs" / step.name) or {}).get("status") == "success"
+            whole = finished(out / "runs" / step.name)
             drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
             if drawn and step.arguments.get("keep") == keep and step.method not in chosen:
                 pruner = resolve(FAMILY, step.method, step.arguments).pruner
