@@ -8,6 +8,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tiny
+from lmms_eval.api.model import lmms
+
+
+class Scripted(lmms):
+    """Gives each document's `said`, and keeps what it was asked, by task and number."""
+
+    is_simple = False
+
+    def __init__(self):
+        super().__init__()
+        self.asked = {}
+
+    def said(self, doc, number):
+        return doc["said"]
+
+    def generate_until(self, requests):
+        answers = []
+        for request in requests:
+            _, doc_to_messages, arguments, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            self.asked[task, doc_id] = (doc_to_messages(doc)[0]["content"], arguments)
+            answers.append(self.said(doc, doc_id))
+        return answers
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError
+
 
 SAME = {"image": tiny.random_image(0), "other": tiny.random_image(1)}
 

@@ -358,6 +358,6 @@ def test_one_folder_takes_one_run(write_config):
 
 
 def test_unknown_tasks_are_refused_before_anything_runs(write_config, run, tmp_path):
-    with pytest.raises(UserError, match="the tasks poppe"):
-        run(write_config(FULL, ("b", "llava_full", "", "pope,poppe")))
+    with pytest.raises(UserError, match="the tasks poppe, mmme"):
+        run(write_config(FULL, ("b", "llava_full", "", "pope,poppe"), ("c", "llava_full", "", "mmme,poppe")))
     assert not (tmp_path / "results").exists()

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+import task_trees
 import tiny
-from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from PIL import Image
 
@@ -90,31 +90,11 @@ def test_scores_are_shares_of_all_differences_and_of_all_points():
     assert spot.found(rows[2:]) == "N/A"
 
 
-class Says(lmms):
+class Says(task_trees.Scripted):
     """Answers every pair with its own target, a line each, but for the first."""
 
-    is_simple = False
-
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def generate_until(self, requests):
-        answers = []
-        for request in requests:
-            _, to_messages, arguments, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            self.asked.append((to_messages(doc)[0]["content"], arguments))
-            answers.append(
-                "- nothing" if doc_id == 0 else "\n\n".join(f"- {own}" for own in spot.target(doc).split("\n"))
-            )
-        return answers
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError
+    def said(self, doc, number):
+        return "- nothing" if number == 0 else "\n\n".join(f"- {own}" for own in spot.target(doc).split("\n"))
 
 
 def evaluated(folder):
@@ -129,7 +109,7 @@ def evaluated(folder):
 def test_laboratory_pairs_are_asked_with_the_papers_prompt_and_scored(tmp_path):
     write_pairs(tmp_path, 4)
     model, scores = evaluated(tmp_path)
-    content, arguments = model.asked[1]
+    content, arguments = model.asked["rcb_spot_the_difference", 1]
     assert [part["type"] for part in content] == ["image", "text"]
     pair = make_pair("test", 1)
     assert content[0]["url"].size == (2 * pair.first.image().width + spot.GAP_PX, pair.first.image().height)

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import task_trees
-from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 
 from rcb_lmms.errors import UserError
@@ -21,31 +20,6 @@ from rcb_lmms.scoring.estimates import Term
 
 SINGLE = ("rcb_pope", "rcb_mme", "rcb_mmbench_en_dev", "rcb_seed_image", "rcb_realworldqa")
 TASKS = (*SINGLE, "rcb_mantis", "rcb_muirbench", "rcb_mvbench")
-
-
-class Scripted(lmms):
-    """Gives each document's `said`, and keeps what it was asked."""
-
-    is_simple = False
-
-    def __init__(self):
-        super().__init__()
-        self.asked = {}
-
-    def generate_until(self, requests):
-        answers = []
-        for request in requests:
-            _, doc_to_messages, arguments, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            self.asked[task, doc_id] = (doc_to_messages(doc)[0]["content"], arguments)
-            answers.append(doc["said"])
-        return answers
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +41,7 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluate(tree, task_manager):
     def run(*tasks, model="default", limit=None, folder=tree):
-        scripted = Scripted()
+        scripted = task_trees.Scripted()
         task_manager.model_name = model
         with working_directory(folder):
             results = simple_evaluate(

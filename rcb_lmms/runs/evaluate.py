@@ -58,9 +58,12 @@ def evaluate(
     for folder in {entry.include_path for entry in entries if entry.include_path}:
         _check_folder(folder)
     managers = functools.cache(make_task_manager)
+    asked: dict[str | None, list[str]] = {}
     for entry in entries:
         if not _done(run_folder(results, entry, limit)):
-            check_tasks([entry.task], _places(entry))
+            asked.setdefault(entry.include_path, []).append(entry.task)
+    for place, tasks in asked.items():
+        check_tasks(list(dict.fromkeys(tasks)), _places(place))
     problems: dict[str, list[Path]] = {}
     spent: list[float] = []
     for number, entry in enumerate(entries, 1):
@@ -104,8 +107,8 @@ def _check_folder(folder: str) -> None:
         )
 
 
-def _places(entry: Entry) -> list[str]:
-    return [entry.include_path] if entry.include_path else []
+def _places(include_path: str | None) -> list[str]:
+    return [include_path] if include_path else []
 
 
 def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | None, managers: Any) -> bool:
@@ -120,7 +123,7 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
                 next_step=f"remove {folder} to run it again",
             )
         if not done:
-            check_data([entry.task], _places(entry))
+            check_data([entry.task], _places(entry.include_path))
         run_evaluation(
             entry.model,
             arguments,
