@@ -86,9 +86,8 @@ def test_logits_are_those_of_whole_prompts_in_float32(family):
     from rcb_lmms.engine.generation import left_pad
 
     own = session(family)
-    loaded = {n: question.load(family) for n, question in enumerate(asked(2, 2))}
-    packed = own._pack_all(loaded)
-    prompts = [own._embed(messages, visuals, packed[n]).prompt for n, (messages, visuals) in loaded.items()]
+    ready, _ = own.prompts.of(dict(enumerate(asked(2, 2))))
+    prompts = [one.prompt for one in ready]
     batch = own.prefixes.continued(prompts)
     with torch.inference_mode():
         rest = batch.embeds[:, batch.cache.get_seq_length() :]
@@ -107,6 +106,9 @@ def test_auto_shares_where_questions_do(family):
     assert alone.prefixes.computed == 0
     alone.answer(asked(1, 3)[:3], **FAST)
     assert alone.prefixes.computed == 1
+    single = session(family, batch_size=1)  # as lmms-eval's default: what the questions of a window share counts
+    single.answer(asked(1, 3)[:3], **FAST)
+    assert single.prefixes.computed == 1
     assert session(family, "fastv").prefixes is None
     beams = session(family, prefix_cache="on")
     beams.answer(asked(1, 2)[:2], num_beams=2, **FAST)
@@ -116,10 +118,10 @@ def test_auto_shares_where_questions_do(family):
 def test_what_is_remembered_is_bounded(family):
     own = session(family, prefix_cache="on", batch_size=3)
     own.answer(asked()[:1], **FAST)
-    (one,) = own.prefixes._stored.values()
-    own.prefixes = PrefixCache(family, always=True, store_bytes=one.nbytes - 1)
+    one = own.prefixes._stored.currsize
+    own.prefixes = PrefixCache(family, always=True, store_bytes=one - 1)
     answers = own.answer(asked(), **FAST)
-    assert own.prefixes._stored.currsize <= one.nbytes
+    assert own.prefixes._stored.currsize <= one
     assert answers == session(family, prefix_cache="off").answer(asked(), **FAST)
 
 

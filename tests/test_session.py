@@ -11,6 +11,7 @@ import torch
 
 from rcb_lmms import Session
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine import session as module
 from rcb_lmms.engine.clock import STAGES
 from rcb_lmms.engine.ledger import pack_kept, unpack_kept
 from rcb_lmms.engine.options import Generation
@@ -103,11 +104,12 @@ def test_original_positions_are_those_of_an_unpruned_prompt_with_holes(family, n
 
 def test_positions_of_an_unpruned_prompt_count_against_the_context(family):
     own = session(family, positions="original")
-    own.context = len(family.embed(family.prompt("What is 0?"), [family.pack_base(torch.zeros(16, tiny.WIDTH))])) + 3
+    whole = family.embed(family.prompt("What is 0?"), [family.pack_base(torch.zeros(16, tiny.WIDTH))])
+    own.prompts.context = len(whole) + 3
     (answer,) = own.answer(asked(1), **FAST)
     assert "the model's context" in answer.error
     short = session(family)
-    short.context = own.context
+    short.prompts.context = own.prompts.context
     assert short.answer(asked(1), **FAST)[0].error is None
 
 
@@ -175,11 +177,34 @@ def test_numbers_that_are_not_finite_are_no_answer(family, monkeypatch):
     assert session(family).answer(questions, **FAST) == calm
 
 
+def test_the_same_words_about_the_same_image_are_answered_once_unless_answers_are_drawn(family, monkeypatch):
+    twice = [Question(text, [tiny.random_image(n)], name=str(n)) for text in "ab" for n in (0, 1, 0, 1)]
+    expected = [session(family).answer([question], **FAST)[0] for question in twice]
+    asked_for, generate = [], module.generate
+
+    def counted(family, prompts, *arguments):
+        asked_for.extend(prompts)
+        return generate(family, prompts, *arguments)
+
+    monkeypatch.setattr(module, "generate", counted)
+    assert session(family).answer(twice, **FAST) == expected
+    assert len(asked_for) == 4
+    session(family).answer(twice, do_sample=True, temperature=1.0, **FAST)
+    assert len(asked_for) == 4 + 8
+
+
+def test_what_fails_once_fails_all_who_ask_the_same(family):
+    own = session(family)
+    own.prompts.context = 5
+    answers = own.answer([Question("a", [tiny.random_image(0)]) for _ in range(3)], **FAST)
+    assert ["the model's context" in answer.error for answer in answers] == [True] * 3
+
+
 def test_what_exceeds_the_context_is_refused_for_that_question_alone(family, monkeypatch):
     own = session(family)
     fits, grows, long, endless = (Question("?" * size, [tiny.random_image(0)]) for size in (3, 20, 60, 200_000))
     length = len(family.prompt(grows.text)) - 1 + 5
-    monkeypatch.setattr(own, "context", length + 1)
+    monkeypatch.setattr(own.prompts, "context", length + 1)
     answers = own.answer([fits, grows, long, endless], max_new_tokens=2)
     assert answers[0].error is None
     assert f"a prompt of {length} tokens and an answer of 2" in answers[1].error

@@ -62,15 +62,13 @@ def left_pad(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int]]:
     return embeds, mask, starts
 
 
-def _places(prompts: Sequence[Prompt], starts: Sequence[int], mask: Tensor) -> dict[str, Tensor]:
-    """Arguments for prompts whose tokens keep the positions of an unpruned prompt."""
-    if all(prompt.places is None for prompt in prompts):
-        return {}
+def positions_of(prompts: Sequence[Prompt], starts: Sequence[int], mask: Tensor) -> Tensor:
+    """`(b, s)` rotary positions of left-padded prompts: counted, or those that they have in an unpruned prompt."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
         if prompt.places is not None:
             positions[row, start:] = prompt.places.to(positions.device)
-    return {"position_ids": positions}
+    return positions
 
 
 def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> Tensor:
@@ -85,8 +83,9 @@ def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> T
     with torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
-            embeds, mask, _ = left_pad([prompts[index] for index in chosen])
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            batch = [prompts[index] for index in chosen]
+            embeds, mask, starts = left_pad(batch)
+            positions = positions_of(batch, starts, mask)
             logits = family.model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
             ).logits[:, -1]
@@ -127,7 +126,9 @@ def generate(
         if any(steps):
             spans = [prompt.spans_from(start) for prompt, start in zip(prompts, starts, strict=True)]
             pruning = stack.enter_context(prune_prompts(family.model, pruner, steps, spans))
-        fixed = {**_fixed(family, watch), **_places(prompts, starts, mask)}
+        fixed = _fixed(family, watch)
+        if any(prompt.places is not None for prompt in prompts):
+            fixed["position_ids"] = positions_of(prompts, starts, mask)
         if pruning is not None and pruner.reprunes:
             ids, first_kept = _generate_anew(family, embeds, mask, options, fixed, pruning)
         else:

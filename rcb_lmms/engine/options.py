@@ -77,6 +77,11 @@ class Generation:
         """Whether answers are drawn at random."""
         return bool(dict(self.options)["do_sample"])
 
+    @property
+    def beams(self) -> bool:
+        """Whether answers are searched for with several beams."""
+        return dict(self.options).get("num_beams", 1) > 1
+
     def cut(self, text: str) -> str:
         """The answer up to the first of the `until` strings; blank lines in front of it are no answer."""
         text = text.strip()

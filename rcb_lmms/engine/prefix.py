@@ -7,12 +7,14 @@ values are too.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
+from rcb_lmms.engine.generation import left_pad, positions_of
 from rcb_lmms.engine.layer_inputs import find_decoder
 from rcb_lmms.families.packed import Prompt
 
@@ -56,73 +58,75 @@ class PrefixCache:
 
     def __init__(self, family: Family, always: bool = False, store_bytes: int = STORE_BYTES):
         self.family, self.always, self.computed = family, always, 0
-        self._stored: LRUCache[Hashable, Tensor] = LRUCache(store_bytes, lambda states: states.nbytes)
+        self._stored: LRUCache[Hashable, list[Tensor]] = LRUCache(
+            store_bytes, lambda states: sum(own.nbytes for own in states)
+        )
 
-    def serves(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> bool:
-        """Whether prompts that all have images share prefixes with each other, or with those before them.
+    def shared(self, names: Sequence[Hashable]) -> set[Hashable]:
+        """Which of the names of prompts that are to be answered now stand for prefixes worth computing apart.
 
-        Beams are left out: transformers does not spread a given cache over them.
+        Those that two of the prompts have, and those that are remembered; `None` names nothing.
         """
-        names = {prompt.prefix_name for prompt in prompts}
-        if None in names or options.get("num_beams", 1) > 1:
-            return False
-        return self.always or len(names) < len(prompts) or any(name in self._stored for name in names)
+        own = {name: count for name, count in Counter(names).items() if name is not None}
+        return {name for name, count in own.items() if self.always or count > 1 or name in self._stored}
 
     def continued(self, prompts: Sequence[Prompt]) -> Continued:
         """A batch of prompts behind their prefixes."""
         import torch
         from transformers import DynamicCache
 
-        states = self._states(prompts)  # each (layers, 2, heads, n, e)
+        states = self._states(prompts)
         before = max(own.prefix for own in prompts)
         rest = max(len(own) - own.prefix for own in prompts)
         first = prompts[0].embeds
         embeds = first.new_zeros(len(prompts), before + rest, first.shape[1])
         mask = torch.zeros(len(prompts), before + rest, dtype=torch.long, device=first.device)
         positions = torch.zeros_like(mask)
-        joined = states[0].new_zeros(*states[0].shape[:2], len(prompts), states[0].shape[2], before, states[0].shape[4])
-        for row, (prompt, own) in enumerate(zip(prompts, states, strict=True)):
+        for row, prompt in enumerate(prompts):
             places = torch.arange(len(prompt)) if prompt.places is None else prompt.places
             places, begin, left = places.to(mask.device), before - prompt.prefix, prompt.prefix - len(prompt)
             embeds[row, left:] = prompt.embeds[prompt.prefix :]
             for columns in (slice(begin, before), slice(before + rest + left, None)):
                 mask[row, columns] = 1
             positions[row, begin:before], positions[row, left:] = places[: prompt.prefix], places[prompt.prefix :]
-            joined[:, :, row, :, begin:] = own
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(joined):
-            cache.update(keys, values, index)
+        for layer, own in enumerate(zip(*states, strict=True)):
+            _, heads, _, width = own[0].shape
+            joined = own[0].new_zeros(2, len(prompts), heads, before, width)
+            for row, rows in enumerate(own):
+                joined[:, row, :, before - rows.shape[2] :] = rows
+            cache.update(*joined, layer)
         return Continued(embeds, mask, positions, cache)
 
-    def _states(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Keys and values of each prompt's prefix; those that are not remembered are computed in one batch."""
+    def _states(self, prompts: Sequence[Prompt]) -> list[list[Tensor]]:
+        """Keys and values of each prompt's prefix, `(2, heads, n, e)` for every layer, on the layer's own device.
+
+        Those that are not remembered are computed in one batch.
+        """
         found = {prompt.prefix_name: self._stored.get(prompt.prefix_name) for prompt in prompts}
         missing = {own.prefix_name: own for own in prompts if found[own.prefix_name] is None}
         if missing:
-            for name, states in zip(missing, self._compute(list(missing.values())), strict=True):
+            for name, states in zip(missing, self._compute([own.head for own in missing.values()]), strict=True):
                 found[name] = states
-                if states.nbytes <= self._stored.maxsize:
+                if self._stored.getsizeof(states) <= self._stored.maxsize:
                     self._stored[name] = states
         return [found[prompt.prefix_name] for prompt in prompts]
 
-    def _compute(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+    def _compute(self, heads: Sequence[Prompt]) -> list[list[Tensor]]:
         import torch
         from transformers import DynamicCache
 
-        longest = max(prompt.prefix for prompt in prompts)
-        first = prompts[0].embeds
-        embeds = first.new_zeros(len(prompts), longest, first.shape[1])
-        mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=first.device)
-        positions = torch.zeros_like(mask)
-        for row, prompt in enumerate(prompts):
-            places = torch.arange(prompt.prefix) if prompt.places is None else prompt.places[: prompt.prefix]
-            embeds[row, longest - prompt.prefix :] = prompt.embeds[: prompt.prefix]
-            mask[row, longest - prompt.prefix :] = 1
-            positions[row, longest - prompt.prefix :] = places.to(mask.device)
+        embeds, mask, starts = left_pad(heads)
         cache, decoder = DynamicCache(), find_decoder(self.family.model)
         decoder(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions_of(heads, starts, mask),
+            past_key_values=cache,
+            use_cache=True,
         )
-        self.computed += len(prompts)
-        every = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
-        return [every[:, :, row, :, longest - prompt.prefix :].clone() for row, prompt in enumerate(prompts)]
+        self.computed += len(heads)
+        return [
+            [torch.stack([layer.keys[row, :, start:], layer.values[row, :, start:]]) for layer in cache.layers]
+            for row, start in enumerate(starts)
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from rcb_lmms.engine.ledger import LedgerRow
     from rcb_lmms.pruners.base import Selection, VisualTokens
+
+logger = logging.getLogger(__name__)
 
 Turns = list[dict[str, Any]]
 
@@ -80,6 +83,14 @@ class Answer:
     row: LedgerRow | None = None
     error: str | None = None
     asked: str = ""
+
+    @classmethod
+    def failed(cls, error: Exception) -> Answer:
+        """The answer of a question that raised an error."""
+        if not isinstance(error, UserError):
+            logger.debug("a question failed", exc_info=error)
+            return cls(error=f"{type(error).__name__}: {error}")
+        return cls(error=f"{error.wanted}: {error.found}; allowed: {error.allowed}")
 
 
 def content_of(messages: Turns, visuals: Sequence[Visual]) -> str:

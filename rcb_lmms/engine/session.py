@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.cost import DecoderShape
@@ -23,30 +22,17 @@ from rcb_lmms.engine.generation import (
 from rcb_lmms.engine.ledger import ledger_row, pack_kept
 from rcb_lmms.engine.options import Generation, shares_prefix
 from rcb_lmms.engine.prefix import PrefixCache
-from rcb_lmms.engine.questions import Answer, Question, Trace, Turns, content_of, said
+from rcb_lmms.engine.prompts import Prompts, Ready
+from rcb_lmms.engine.questions import Answer, Question, Trace, said
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families.clip import space_of
 
 if TYPE_CHECKING:
-
     from rcb_lmms.families.base import Family
-    from rcb_lmms.families.images import Visual
-    from rcb_lmms.families.packed import PackedImage, Prompt
     from rcb_lmms.pruners.base import Pruner
-
-logger = logging.getLogger(__name__)
 
 # Batches whose prompts are made ready together, so that they can be sorted by length.
 WINDOW_BATCHES = 8
-
-
-@dataclass
-class _Ready:
-    """A question whose prompt is in embedding space, and what was kept of its images."""
-
-    prompt: Prompt
-    kept: tuple[str, ...]
-    asked: str
 
 
 class Session:
@@ -95,7 +81,7 @@ class Session:
         self.prefix_cache, self.positions = prefix_cache, positions
         self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
-        self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
+        self.prompts = Prompts(family, self.encoder, pruner, positions)
 
     @property
     def seconds(self) -> Counter[str]:
@@ -105,8 +91,8 @@ class Session:
     def with_pruner(self, pruner: Pruner) -> Session:
         """Another method on the same model and the same encoded images."""
         self.encoder.add_needs(pruner.needs)
-        own = ("batch_size", "per", "positions", "prefix_cache", "seed")
-        return Session(self.family, pruner, encoder=self.encoder, **{name: getattr(self, name) for name in own})
+        own = ("batch_size", "per", "positions", "prefix_cache", "seed", "encoder")
+        return Session(self.family, pruner, **{name: getattr(self, name) for name in own})
 
     def answer(self, questions: Sequence[Question], **generation: Any) -> list[Answer]:
         """Answer questions, in their order.
@@ -129,132 +115,66 @@ class Session:
         while begin < len(questions):
             window = dict(enumerate(questions[begin : begin + WINDOW_BATCHES * self.batch_size], begin))
             begin += len(window)
-            before = self.encoder.clock.before_prefill()
-            ready, failed = self._prepare(window)
-            self.seconds["first_token"] += self.encoder.clock.before_prefill() - before
+            clock = self.encoder.clock
+            before = clock.before_prefill()
+            ready, failed = self.prompts.of(window, alike=not generation.sampled)
+            clock.seconds["first_token"] += clock.before_prefill() - before
             yield from failed.items()
-            for batch in self._batches(ready, 1 if generation.sampled else None):
+            for batch in self._batches(ready, generation):
                 yield from self._generate(batch, window, generation).items()
 
-    def _batches(self, ready: dict[int, _Ready], size: int | None) -> Iterator[dict[int, _Ready]]:
-        """Prompts of like lengths together; those without images share nothing, and keep others from it."""
-        by_length = sorted(ready, key=lambda index: len(ready[index].prompt))
-        for alike in (True, False):
-            own = [index for index in by_length if (ready[index].prompt.prefix_name is not None) == alike]
+    def _batches(self, ready: list[Ready], generation: Generation) -> Iterator[list[Ready]]:
+        """Prompts of like lengths together; those that share their beginnings apart from those that do not."""
+        names = [own.prompt.prefix_name for own in ready]
+        # transformers does not spread a given cache over beams.
+        sharing = self.prefixes.shared(names) if self.prefixes and not generation.beams else set()
+        by_length = sorted(ready, key=lambda own: len(own.prompt))
+        for shared in (True, False):
+            own = [replace(one, shared=shared) for one in by_length if (one.prompt.prefix_name in sharing) == shared]
             begin = 0
             while begin < len(own):  # the size may have been halved since
-                chosen = own[begin : begin + (size or self.batch_size)]
-                begin += len(chosen)
-                yield {index: ready[index] for index in chosen}
-
-    # From questions to prompts
-
-    def _prepare(self, window: dict[int, Question]) -> tuple[dict[int, _Ready], dict[int, Answer]]:
-        loaded, ready, failed = {}, {}, {}
-        with self.encoder.clock.timed("open"):
-            for index, question in window.items():
-                try:
-                    loaded[index] = question.load(self.family)
-                except Exception as error:  # whatever a damaged document raises
-                    failed[index] = _failed(error)
-        packed = self._pack_all(loaded)
-        with self.encoder.clock.timed("pack"):
-            for index, (messages, visuals) in loaded.items():
-                try:
-                    if isinstance(packed[index], Exception):
-                        raise packed[index]
-                    ready[index] = self._embed(messages, visuals, packed[index])
-                except BudgetError:
-                    raise
-                except Exception as error:
-                    failed[index] = _failed(error)
-        return ready, failed
-
-    def _pack_all(self, loaded: dict[int, Any]) -> dict[int, list[PackedImage] | Exception]:
-        """Pruned images of each question: of all in one go or, where that fails, question by question."""
-        try:
-            if not self.pruner.sees_question or self.pruner.stage != "view":
-                every = [visual for _, visuals in loaded.values() for visual in visuals]
-                packed = iter(self.encoder.packed(every, self.pruner))
-                return {index: [next(packed) for _ in visuals] for index, (_, visuals) in loaded.items()}
-        except BudgetError:
-            raise
-        except Exception as error:
-            logger.debug("encoding a window failed, so its questions are encoded one by one: %s", error)
-        found: dict[int, list[PackedImage] | Exception] = {}
-        for index, (messages, visuals) in loaded.items():
-            try:
-                found[index] = self.encoder.packed(visuals, self.pruner, said(messages))
-            except BudgetError:
-                raise
-            except Exception as error:
-                found[index] = error
-        return found
-
-    def _embed(self, messages: Turns, visuals: list[Visual], packed: list[PackedImage]) -> _Ready:
-        # A text is at least as long as its tokens, up to many letters each: refused before it is cut into tokens.
-        longest = 64 * (self.context or 1 << 20)
-        if len(said(messages)) > longest:
-            raise self._too_long(f"a text of {len(said(messages))} characters")
-        ids = self.family.chat(messages)
-        whole = self.positions == "original"  # then pruned tokens take up positions too
-        length = len(ids) + sum((own.extent if whole and own.extent else len(own.rows)) - 1 for own in packed)
-        if self.context is not None and length >= self.context:
-            raise self._too_long(f"a prompt of {length} tokens")
-        kept = tuple(view for own in packed for view in own.kept)
-        prompt = self.family.embed(ids, packed, original=whole)
-        words = prompt.prefix - sum(len(own.rows) - 1 for own in packed)  # up to the last image, each one word
-        name = (*ids[:words], *(visual.key for visual in visuals)) if visuals else None
-        return _Ready(replace(prompt, prefix_name=name), kept, content_of(messages, visuals))
-
-    def _too_long(self, found: str) -> UserError:
-        return UserError(
-            wanted="an answer",
-            found=found,
-            allowed=f"prompts and answers of {self.context} tokens together, the model's context",
-            next_step="shorten the question, keep fewer visual tokens, or show fewer images",
-        )
+                batch = own[begin : begin + (1 if generation.sampled else self.batch_size)]
+                begin += len(batch)
+                yield batch
 
     # From prompts to answers
 
     def _generate(
-        self, batch: dict[int, _Ready], window: dict[int, Question], generation: Generation
+        self, batch: list[Ready], window: dict[int, Question], generation: Generation
     ) -> dict[int, Answer]:
         """Answers of one batch; halved where it fails, until it fits or the failing question stands alone."""
         import torch
 
         if generation.sampled:
-            torch.manual_seed(window[next(iter(batch))].draw_seed)
+            torch.manual_seed(window[batch[0].indices[0]].draw_seed)
+        prompts = [ready.prompt for ready in batch]
+        prefixes = self.prefixes if batch[0].shared else None
         try:
-            prompts = [ready.prompt for ready in batch.values()]
-            options = dict(generation.options)
-            prefixes = self.prefixes if self.prefixes and self.prefixes.serves(prompts, options) else None
             with self.encoder.clock.timed("decode"):
-                generated = generate(self.family, prompts, options, self.pruner, self.per, prefixes)
-            self.seconds["decode"] -= generated.prefill_seconds
-            self.seconds["prefill"] += generated.prefill_seconds
-            self.seconds["first_token"] += len(batch) * generated.prefill_seconds
+                generated = generate(self.family, prompts, dict(generation.options), self.pruner, self.per, prefixes)
         except BudgetError:
             raise
         except Exception as error:
             if len(batch) == 1:
-                return dict.fromkeys(batch, _failed(error))
+                return dict.fromkeys(batch[0].indices, Answer.failed(error))
             if out_of_memory(error):
                 self.batch_size = len(batch) // 2
                 torch.cuda.empty_cache()
-            items, middle = list(batch.items()), len(batch) // 2
-            first, second = dict(items[:middle]), dict(items[middle:])
+            middle = len(batch) // 2
+            first, second = batch[:middle], batch[middle:]
             return self._generate(first, window, generation) | self._generate(second, window, generation)
-        return {
-            index: self._answer(ready, generated, row, generation) for row, (index, ready) in enumerate(batch.items())
-        }
+        self.seconds["decode"] -= generated.prefill_seconds
+        self.seconds["prefill"] += generated.prefill_seconds
+        self.seconds["first_token"] += sum(len(ready.indices) for ready in batch) * generated.prefill_seconds
+        answers = [self._answer(ready, generated, row, generation) for row, ready in enumerate(batch)]
+        return {index: own for ready, own in zip(batch, answers, strict=True) for index in ready.indices}
 
-    def _answer(self, ready: _Ready, generated: Generated, row: int, generation: Generation) -> Answer:
+    def _answer(self, ready: Ready, generated: Generated, row: int, generation: Generation) -> Answer:
         prompt, output = ready.prompt, generated.output_tokens[row]
         if not generated.finite[row]:
             return Answer(error="the language model's logits are not finite numbers")
-        if self.context is not None and prompt.end + output > self.context:
-            return _failed(self._too_long(f"a prompt of {len(prompt)} tokens and an answer of {output}"))
+        if self.prompts.context is not None and prompt.end + output > self.prompts.context:
+            return Answer.failed(self.prompts.too_long(f"a prompt of {len(prompt)} tokens and an answer of {output}"))
         steps, kept = generated.steps[row], ready.kept
         if steps:
             kept = (pack_kept(generated.layer_kept[row].tolist(), prompt.retained),)
@@ -287,10 +207,3 @@ class Session:
                 layer_kept[step.layer] = among_visual(prompt, step.kept[0])
                 layer_scores[step.layer] = step.scores[0]
         return Trace(views, selections, layer_kept, layer_scores)
-
-
-def _failed(error: Exception) -> Answer:
-    if not isinstance(error, UserError):
-        logger.debug("a question failed", exc_info=error)
-        return Answer(error=f"{type(error).__name__}: {error}")
-    return Answer(error=f"{error.wanted}: {error.found}; allowed: {error.allowed}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ class Prompt:
     def end(self) -> int:
         """The position of the first token of the answer."""
         return len(self) if self.places is None else int(self.places[-1]) + 1
+
+    @property
+    def head(self) -> Prompt:
+        """Its `prefix` rows alone."""
+        places = None if self.places is None else self.places[: self.prefix]
+        return replace(self, embeds=self.embeds[: self.prefix], places=places)
 
     def spans_from(self, start: int) -> list[tuple[int, int]]:
         """The spans in a sequence in which the prompt begins at `start`."""
