@@ -9,6 +9,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.report.reading import HOST_RESULTS, RECORD, RESULTS, Run, Scores, Unusable, mean_of, read_run
+from rcb_lmms.report.scores import scored_by
 
 BUDGETS = ("keep", "ratio", "threshold", "match")
 
@@ -22,7 +23,7 @@ class Benchmark:
         metrics: keys of a sample row, of which the first present holds the sample's score.
         cluster: what of the document groups samples that are not independent: the image, for questions about one
             image. `None` takes what the score says, as this package's own tasks do.
-        combine: how the scores of one cluster count, see `COMBINE` in `reading.py`.
+        combine: how the scores of one cluster count, see `COMBINE` in `scores.py`.
         chance: accuracy of guessing, where it is one number.
         official: metric whose number the paper reports, where that is not the mean of the samples.
         official_label: its name in headings.
@@ -245,13 +246,9 @@ def _other(run: Run, task: str) -> Benchmark:
     """A task that this package does not know, by the first of its metrics that scores every sample."""
     rows = [row for part in run.parts(task) for row in run.rows(part)]
     for metric in dict.fromkeys(key.partition(",")[0] for part in run.parts(task) for key in run.metrics(part)):
-        scores = [row[metric]["score"] if _has_score(row.get(metric)) else row.get(metric) for row in rows]
+        scores = [(scored_by(row, [metric]) or {}).get("score") for row in rows]
         if rows and all(isinstance(score, (int, float)) for score in scores):
             mean, value = sum(scores) / len(scores), run.value(task, metric)
             is_mean = value is None or any(abs(unit * mean - value) <= 0.01 * unit for unit in (1, 100))
             return Benchmark(f"{task} {metric}" + ("" if is_mean else ", mean of samples,"), (metric,))
     raise Unusable(f"no metric of task {task} scores every sample")
-
-
-def _has_score(value: Any) -> bool:
-    return isinstance(value, dict) and "score" in value

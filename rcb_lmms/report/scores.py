@@ -80,10 +80,9 @@ def samples_of(
 
     parts: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
-        metric = next((metric for metric in metrics if metric in row), None)
-        if metric is None:
+        own = scored_by(row, metrics)
+        if own is None:
             continue
-        own = row[metric] if isinstance(row[metric], dict) else {"score": row[metric]}
         if own.get("score") is None:
             return []
         label = own.get("cluster") if cluster is None else {**own, **row.get("doc", {})}.get(cluster)
@@ -106,8 +105,15 @@ def answer_of(row: Mapping[str, Any]) -> str:
     return "\n".join(map(str, answers)) if isinstance(answers, list) else str(answers)
 
 
+def scored_by(row: Mapping[str, Any], metrics: Sequence[str]) -> Mapping[str, Any] | None:
+    """What a logged sample holds under the first of the metrics that it has, a bare number as `score`, or `None`."""
+    metric = next((metric for metric in metrics if metric in row), None)
+    if metric is None:
+        return None
+    return row[metric] if isinstance(row[metric], dict) else {"score": row[metric]}
+
+
 def mark_of(row: Mapping[str, Any], metrics: Sequence[str]) -> float | None:
     """The score of a logged sample by the first of the metrics that it has."""
-    own = next((row[metric] for metric in metrics if metric in row), None)
-    own = own.get("score") if isinstance(own, dict) else own
-    return None if own is None else float(own)
+    score = (scored_by(row, metrics) or {}).get("score")
+    return None if score is None else float(score)
