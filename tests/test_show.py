@@ -24,6 +24,7 @@ from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner, Selection
 from rcb_lmms.report import pictures
 from rcb_lmms.report.captions import Pair, marked, write_captions
+from rcb_lmms.report.drawing import save_figure
 from rcb_lmms.report.pictures import Shown, count_text, draw_kept, highlight
 from rcb_lmms.report.sheets import kept_of, open_media, sheets_of
 
@@ -220,3 +221,10 @@ def test_show_command_draws_images_and_captions(checkpoint, codebook_file, tmp_p
     assert isinstance(refused.exception, UserError)
     together = run("--together", "--ratio", 0.25, "--answers", "--scores")
     assert together.exit_code == 0, together.output
+
+
+def test_a_name_with_dots_stays_whole(tmp_path):
+    from matplotlib.figure import Figure
+
+    assert save_figure(Figure(), tmp_path / "photo.v2", ("png",)) == [tmp_path / "photo.v2.png"]
+    assert save_figure(Figure(), tmp_path / "coverage-llava-1.5-7b", ("svg",))[0].name == "coverage-llava-1.5-7b.svg"

@@ -88,9 +88,9 @@ def write_table(table: pd.DataFrame, out: Path, facts: dict[str, Any]) -> None:
     """A table as TSV and, with what it was made from, as JSON."""
     from rcb_lmms.files import write_atomic
 
-    write_atomic(out.with_suffix(".tsv"), table.to_csv(sep="\t", index=False, float_format="%.6g"))
-    rows = json.loads(table.to_json(orient="records", double_precision=12))
-    write_atomic(out.with_suffix(".json"), json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out.with_name(f"{out.name}.tsv"), table.to_csv(sep="\t", index=False, float_format="%.6g"))
+    whole = facts | {"rows": json.loads(table.to_json(orient="records", double_precision=12))}
+    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     typer.echo(f"wrote {out}.tsv and .json")
 
 

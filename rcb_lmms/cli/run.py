@@ -17,14 +17,15 @@ def quickstart(
         int, typer.Option(help="Images of POPE, 18 questions each, and of each MME subtask; fewer are faster.", min=1)
     ] = 60,
     methods: Annotated[
-        str, typer.Option(help="Methods beside the unpruned model and random pruning, separated by commas.")
-    ] = "rcb,prumerge,prumerge_plus,fastv",
+        str | None, typer.Option(help="Comma-separated, beside the unpruned model and random; by default four.")
+    ] = None,
 ) -> None:
     """Compare methods on the laboratory model: one table, one plot, pictures of kept tokens. About five minutes."""
-    from rcb_lmms.runs.quickstart import TASKS
+    from rcb_lmms.runs.quickstart import METHODS, TASKS
     from rcb_lmms.runs.quickstart import quickstart as run
 
-    run(out, sizes=dict.fromkeys(TASKS, images), methods=[name.strip() for name in methods.split(",") if name.strip()])
+    chosen = METHODS if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    run(out, sizes=dict.fromkeys(TASKS, images), methods=chosen)
 
 
 @app.command()

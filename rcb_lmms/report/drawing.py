@@ -42,7 +42,7 @@ def panel_image(panel: Any, image: Any, caption: str = "", **options: Any) -> An
 
 
 def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS, dpi: int = 160) -> list[Path]:
-    """Write a figure as `out` with each ending in place of its own; equal figures give equal files."""
+    """Write a figure as `out`, a path without ending, with each of the endings; equal figures give equal files."""
     import matplotlib
 
     fixed = {"png": {}, "svg": {"metadata": {"Date": None}}, "pdf": {"metadata": {"CreationDate": None}}}
@@ -51,7 +51,7 @@ def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS, dpi: i
         for ending in formats:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=dpi, **fixed[ending])
-            written.append(write_atomic(out.with_suffix(f".{ending}"), buffer.getvalue()))
+            written.append(write_atomic(out.with_name(f"{out.name}.{ending}"), buffer.getvalue()))
     return written
 
 
@@ -74,7 +74,7 @@ def draw_maps(
         image: the original.
         boxes: `(n, 4)` of its tokens.
         maps: title -> `(n,)` values, NaN for tokens without one; each map has a scale of its own.
-        out: path whose ending is replaced.
+        out: path without ending.
         labels: token -> text, drawn on the first panel.
         columns: panels in a row.
     """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report.cells import PaperTable, measure
 from rcb_lmms.report.collect import left_out
+from rcb_lmms.report.drawing import save_figure
 from rcb_lmms.report.paper import comparisons, numbers
 from rcb_lmms.report.published import Layout
 from rcb_lmms.report.tables import probability
@@ -129,16 +129,16 @@ def write_paper_table(layout: Layout, results: Path, out: Path) -> tuple[str, li
     parts += table.version_notes
     if blanks := blank(table):
         parts += ["Left out:", "\n".join(f"- {line}" for line in blanks)]
-    contents: dict[str, str | bytes] = {
+    contents = {
         ".md": "\n\n".join(parts) + "\n",
         ".tex": _latex(text),
         ".csv": frame.to_csv(index=False, lineterminator="\n"),
         "_comparisons.csv": compared.to_csv(index=False, lineterminator="\n"),
     }
-    if layout.native is not None and frame["measured"].notna().any():
-        contents |= figure(layout, frame, table.measured_on)
     for ending, content in contents.items():
         write_atomic(out / f"{layout.key}{ending}", content)
+    if layout.native is not None and frame["measured"].notna().any():
+        save_figure(figure(layout, frame, table.measured_on), out / layout.key, ("png", "svg"))
     return _tabulated(text, "simple"), blanks
 
 
@@ -165,24 +165,14 @@ def _latex(frame: pd.DataFrame) -> str:
     return text + "\n"
 
 
-def figure(layout: Layout, frame: pd.DataFrame, measured_on: str) -> dict[str, bytes]:
-    """The average of a sweep over the share of removed tokens, as `.png` and `.svg`; equal numbers give equal SVG.
-
-    Lines are measured, hollow markers printed.
-    """
-    import matplotlib
+def figure(layout: Layout, frame: pd.DataFrame, measured_on: str) -> Any:
+    """The average of a sweep over the share of removed tokens: lines are measured, hollow markers printed."""
     from matplotlib.figure import Figure
 
     (average,) = layout.averages
-    files = {}
-    with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
-        drawn = Figure(figsize=(6, 4.2), layout="constrained")
-        _draw(drawn.subplots(), layout, frame[frame["column"] == average], measured_on)
-        for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
-            buffer = io.BytesIO()
-            drawn.savefig(buffer, format=ending[1:], **options)
-            files[ending] = buffer.getvalue()
-    return files
+    drawn = Figure(figsize=(6, 4.2), layout="constrained")
+    _draw(drawn.subplots(), layout, frame[frame["column"] == average], measured_on)
+    return drawn
 
 
 def _draw(axes: Any, layout: Layout, frame: pd.DataFrame, measured_on: str) -> None:

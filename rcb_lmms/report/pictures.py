@@ -91,6 +91,17 @@ def kept_tokens_picture(
     return png
 
 
+def fitted(family: Family, pruner: Pruner, images: Sequence[Image], keep: int) -> Pruner:
+    """A method that meets means, brought to `keep` tokens over the very images shown; any other as it is.
+
+    Scenes and photographs have no threshold in common.
+    """
+    if not pruner.fits_mean:
+        return pruner
+    views = family.encode([Visual((image,), "base") for image in images], pruner.needs)
+    return pruner.fit([pruner.evidence(view) for (view,) in views], [1.0] * len(views), keep)
+
+
 def draw_kept(
     session: Session,
     pruners: Mapping[str, Pruner],
@@ -133,7 +144,7 @@ def draw_kept(
     if not asked and (seeing := [name for name, pruner in pruners.items() if pruner.sees_question]):
         verb = "chooses" if len(seeing) == 1 else "choose"
         figure.supxlabel(f'{", ".join(seeing)} {verb} by the question, here "{shown[0].text}"', fontsize=8)
-    return save_figure(figure, out, formats)
+    return save_figure(figure, out.with_suffix(""), formats)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcb_lmms.files import write_atomic
 from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.collect import Benchmark
+from rcb_lmms.report.drawing import save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,16 +32,7 @@ def accuracy_plot(table: pd.DataFrame, out: Path) -> list[Path]:
         table: of `rcb_lmms.report.tables.summary_table`.
         out: path without ending.
     """
-    import matplotlib
-
-    written = []
-    with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path", "font.size": 10}):
-        figure = _figure(table, table.attrs["benchmarks"])
-        for ending, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending[1:], **options)
-            written.append(write_atomic(out.with_name(out.name + ending), buffer.getvalue()))
-    return written
+    return save_figure(_figure(table, table.attrs["benchmarks"]), out, ("png", "svg"))
 
 
 def _figure(table: pd.DataFrame, benchmarks: Mapping[str, Benchmark]) -> Any:

@@ -205,10 +205,9 @@ def _report(planned: Sequence[Step], out: Path, data: Path, budgets: Sequence[in
 
 def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> None:
     from rcb_lmms.families import load_family
-    from rcb_lmms.families.images import Visual
     from rcb_lmms.models.arguments import resolve
     from rcb_lmms.pruners import PRUNERS
-    from rcb_lmms.report.pictures import kept_tokens_picture
+    from rcb_lmms.report.pictures import fitted, kept_tokens_picture
     from rcb_lmms.runs.folder import finished
 
     family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
@@ -220,10 +219,7 @@ def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -
             drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
             if drawn and step.arguments.get("keep") == keep and step.method not in chosen:
                 pruner = resolve(FAMILY, step.method, step.arguments).pruner
-                if pruner.fits_mean:  # on the very images shown: scenes and photographs have no threshold in common
-                    shown = family.encode([Visual((image,), "base") for image in images], pruner.needs)
-                    pruner = pruner.fit([pruner.evidence(view) for (view,) in shown], [1.0] * len(shown), keep)
-                chosen[step.method] = pruner
+                chosen[step.method] = fitted(family, pruner, images, keep)
         kept_tokens_picture(family, chosen, images, out / f"kept_tokens_{keep}.png")
 
 
