@@ -52,6 +52,31 @@ def answers(samples):
     return {doc_id: row["filtered_resps"] for doc_id, row in samples.items()}
 
 
+def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
+    from datasets import Dataset, Features, Image, List, Value
+
+    from rcb_lmms.models.requests import Request, grouped
+
+    for name in "ab":
+        tiny.random_image(ord(name)).save(tmp_path / f"{name}.png")
+    pictures = [str(tmp_path / f"{name}.png") for name in "abab"]
+    one, several = Generation.parse("t", {}), Generation.parse("u", {})
+
+    def ask(task, generation, features, column):
+        data = Dataset.from_dict({"image": column, "question": list("wxyz")}, Features(features))
+        return [Request(task=task, doc_id=n, generation=generation, dataset=data) for n in (0, 1, 2, 3)]
+
+    texts = {"question": Value("string")}
+    questions = ask("t", one, {"image": Image(), **texts}, pictures)
+    questions += ask("u", several, {"image": List(Image()), **texts}, [pictures[:2], pictures[:1], pictures[:2], []])
+    questions += ask("v", one, {"image": Value("string"), **texts}, pictures)
+    assert grouped(questions) == [
+        (("t", one), [0, 2, 1, 3]),
+        (("u", several), [4, 6, 5, 7]),
+        (("v", one), [8, 9, 10, 11]),
+    ]
+
+
 def test_manifests_name_classes_that_exist_and_import_no_torch():
     code = (
         "import sys, rcb_lmms.models as m; manifests = m.manifests();"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Question, Turns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,47 @@ class Request(Question):
 
 
 def grouped(questions: list[Request]) -> list[tuple[tuple[str, Generation], list[int]]]:
-    """Indices of questions that may share a batch, tasks together, in the order of appearance."""
+    """Indices of questions that may share a batch: tasks together, and in them all questions about an image.
+
+    Tasks and images come in the order of their first appearance.
+    """
     groups: dict[tuple[str, Generation], list[int]] = {}
     for index, question in enumerate(questions):
         groups.setdefault((question.task, question.generation), []).append(index)
     order = {task: position for position, task in enumerate(dict.fromkeys(question.task for question in questions))}
-    return sorted(groups.items(), key=lambda group: order[group[0][0]])
+    return [
+        (group, _by_image(questions, indices))
+        for group, indices in sorted(groups.items(), key=lambda group: order[group[0][0]])
+    ]
+
+
+def _by_image(questions: list[Request], indices: list[int]) -> list[int]:
+    """Questions about the same images next to each other: POPE's benchmark has them thousands of documents apart.
+
+    Images are told apart as the data set stores them, undecoded; without any, the order stays.
+    """
+    stored = _stored_images(questions[indices[0]].dataset)
+    if stored is None:
+        return indices
+    groups: dict[int, list[int]] = {}
+    for index in indices:
+        groups.setdefault(hash(pickle.dumps(stored[questions[index].doc_id])), []).append(index)
+    return list(itertools.chain(*groups.values()))
+
+
+def _stored_images(dataset: Any) -> Dataset | None:
+    """The columns of a data set that hold images or lists of images, undecoded; `None` if there are none."""
+    from datasets import Image, List
+
+    columns = {}
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
+        if isinstance(feature, Image):
+            columns[name] = Image(decode=False)
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            columns[name] = List(Image(decode=False))
+    if not columns:
+        return None
+    stored = dataset.select_columns(list(columns))
+    for name, feature in columns.items():
+        stored = stored.cast_column(name, feature)
+    return stored
