@@ -41,6 +41,11 @@ class DecoderShape:
         inner_kv = self.kv_heads * self.head_width
         return 4 * n * self.d * (inner + inner_kv) + 4 * n * n * inner + 6 * n * self.d * self.m
 
+    def rows_flops(self, rows: int, n: int) -> int:
+        """FLOPs of the attention of `rows` tokens to `n`, without values: their queries, all keys, the products."""
+        inner, inner_kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        return 2 * rows * self.d * inner + 2 * n * self.d * inner_kv + 2 * rows * n * inner
+
     def prefill_flops(self, n: int, pruned_layer: int | None = None, n_pruned: int | None = None) -> int:
         """FLOPs of a prefill of `n` tokens, of which `n_pruned` are left from layer `pruned_layer` on (FastV).
 
@@ -75,9 +80,13 @@ def tower_flops(vision: Any, patches: int, cls: bool) -> int:
         patches: of the view.
         cls: whether it has one position more than patches.
     """
-    n, d = patches + cls, vision.hidden_size
-    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * vision.intermediate_size
-    return 2 * patches * 3 * vision.patch_size**2 * d + vision.num_hidden_layers * layer
+    return 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size + encoder_flops(vision, patches + cls)
+
+
+def encoder_flops(config: Any, n: int) -> int:
+    """FLOPs of all layers of a CLIP or SigLIP tower, of images or texts, over `n` positions."""
+    d = config.hidden_size
+    return config.num_hidden_layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * config.intermediate_size)
 
 
 def projector_flops(patches: int, c: int, d: int) -> int:

@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+from test_methods import counted
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.cost import DecoderShape
 from rcb_lmms.engine.generation import prune_prompts
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.schedules import layers_of, mean_tokens
+from rcb_lmms.pruners.tokens import PromptSizes
 
 LAYERS, WIDTH, SPAN = 4, 32, (3, 27)
 LENGTHS = (36, 33)
@@ -236,6 +239,40 @@ def test_a_padded_batch_equals_the_literal_decoder_of_each_prompt(case, fixture,
         logits, ids = Literal(model).run(own, reference(steps[row], own), pruner.positions == "contiguous")
         torch.testing.assert_close(torch.stack([step[row] for step in made.logits]), logits, atol=2e-4, rtol=1e-3)
         assert made.sequences[row].tolist() == ids
+
+
+COSTS = ["fastv", "pyramiddrop", "v2drop", "dart", "sparsevlm", "sparsevlm-2"]
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_a_step_says_what_choosing_costs(case, tiny_qwen2, monkeypatch):
+    from rcb_lmms.engine import layer_pruning
+
+    name, _, version = case.partition("-")
+    pruner = make_pruner(name, budget=Budget.tokens(14), **({"version": "2.0"} if version else {}))
+    steps, length = pruner.schedule(SPAN[1] - SPAN[0], LAYERS), LENGTHS[0]
+    own, found = type(pruner).select_in_layer, []
+    row = layer_pruning.last_row_attention
+
+    def counting(run):
+        def under(*args):
+            made = []
+            lengths = {"large": WIDTH, "norms": 2} if name == "v2drop" else {}
+            found.append(counted(lambda: made.append(run(*args)), **lengths))
+            return made[0]
+
+        return under
+
+    if pruner.selects_in_layer:
+        monkeypatch.setattr(type(pruner), "select_in_layer", counting(own))
+    monkeypatch.setattr(layer_pruning, "last_row_attention", counting(row))
+    embeds = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(5))
+    embeds[:, SPAN[1] :] = embeds[:, SPAN[1] : SPAN[1] + 1]  # text tokens that are all alike all rate
+    with torch.inference_mode(), prune_prompts(tiny_qwen2, pruner, [steps], [[SPAN]]):
+        tiny_qwen2(inputs_embeds=embeds, attention_mask=torch.ones(1, length, dtype=torch.long))
+    sizes = PromptSizes(length, SPAN[1] - SPAN[0], length - SPAN[1], DecoderShape.of(tiny_qwen2.config))
+    left = [sizes.visual, *(step.keep for step in steps)]
+    assert found == [pruner.step_flops(step, before, sizes) for step, before in zip(steps, left, strict=False)]
 
 
 # Schedules

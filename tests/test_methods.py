@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_pruners import make_view
+from test_pruners import METHODS, make, make_view
+from torch.utils.flop_counter import FlopCounterMode
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import BudgetError, UserError
-from rcb_lmms.pruners import make_pruner
+from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.tokens import VisualTokens
 from rcb_lmms.pruners.views import choose_views
 
@@ -339,6 +340,51 @@ def test_a_video_is_seen_as_a_whole_whatever_the_budget_is_spent_on(name, per, e
     assert [int(index) for index in found] == expected.kept.tolist()
 
 
+# What choosing costs
+
+
+def counted(run, large=1 << 30, norms=0):
+    """FLOPs of what runs by torch's counter, with element-wise work on arrays of `large` numbers and more.
+
+    `norms` is what a number in a vector costs whose length is taken.
+    """
+    aten = torch.ops.aten
+
+    def one(*shapes, out_shape, **options):
+        size = max(math.prod(shapes[0]), math.prod(out_shape))
+        return size if size >= large else 0
+
+    by_hand = {operation: one for operation in (aten.sub, aten.mul, aten.pow, aten.clamp, aten.sum)}
+    by_hand |= {
+        aten.var: lambda shape, *rest, **options: 3 * math.prod(shape),
+        aten.linalg_vector_norm: lambda shape, *rest, **options: norms * math.prod(shape),
+        aten.mv: lambda matrix, vector, **options: 2 * math.prod(matrix),
+        aten._cdist_forward: lambda one, other, *rest, **options: 2 * math.prod(one) * other[-2],
+    }
+    with FlopCounterMode(display=False, custom_mapping=by_hand) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+# Arrays worked on element by element: pairs of tokens, half of the channels, the channels behind frame one.
+LARGE = {"scope": 48 * 48, "vidcom2": 48 * 6, "evs": 40 * 12}
+CHOOSING = [
+    *((name, {}) for name in METHODS if PRUNERS[name].stage == "view"),
+    ("visionzip", {"attention": "received"}),
+    ("vispruner", {"important": 0.0}),
+    ("cdpruner", {"relevance": "embedding"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CHOOSING)
+def test_a_method_says_what_choosing_costs(name, options):
+    pruner = make(name, None if name == "none" else Budget.tokens(10), **options)
+    view = replace(make_view(48, grid=(6, 8)), frames=6)
+    found = counted(lambda: pruner.select(view, "What is it?"), LARGE.get(name, 1 << 30))
+    assert pruner.choose(view, "What is it?").flops == found
+    assert (found == 0) == (name in ("none", "random", "stride", "fastervlm", "hiprune"))
+
+
 # What the tower gives
 
 
@@ -370,6 +416,21 @@ def test_attention_and_keys_of_two_blocks_are_those_of_eager_attention(clip_towe
     torch.testing.assert_close(found["object_attention"], early.mean((1, 2))[:, 1:], **close)
     torch.testing.assert_close(found["mean_keys"], keys[0].unflatten(-1, (4, -1)).mean(2)[:, 1:], **close)
     torch.testing.assert_close(found["cls_features"], eager.hidden_states[-2][:, :1])
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [{"head_attention"}, {"mean_keys", "head_attention", "cls_features"}, {"received_attention", "object_attention"},
+     {"keys", "cls_attention"}, {"encoder_features"}],
+)  # fmt: skip
+def test_what_the_fields_cost_is_what_they_compute(clip_tower, needs):
+    from rcb_lmms.families.towers import fields_flops, optional_fields
+
+    tower = getattr(clip_tower, "vision_model", clip_tower)
+    with torch.inference_mode():
+        states = clip_tower(torch.randn(1, 3, 56, 56), output_hidden_states=True).hidden_states
+        found = counted(lambda: optional_fields(tower, states, -2, True, needs))
+    assert fields_flops(32, 16, True, needs) == found
 
 
 def test_attention_of_a_tower_without_cls_token_is_that_of_eager_attention():
@@ -412,6 +473,8 @@ def test_texts_and_patches_in_clips_space_are_clips_own(clip_folder, clip_model)
         torch.testing.assert_close(
             space.patches(features), model.visual_projection(model.vision_model.post_layernorm(features))
         )
+        space._texts.set_attn_implementation("eager")  # torch's counter is blind to sdpa on a CPU
+        assert space.flops(5, 1) == counted(lambda: (space.text("red?"), space.patches(features)))
 
 
 def test_a_text_longer_than_clips_is_read_in_segments(clip_folder, clip_model):

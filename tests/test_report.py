@@ -59,6 +59,7 @@ def write_run(
             "retained_visual_tokens": kept,
             "layer_average_visual_tokens": kept + 1.0,
             "prefill_tflops": 0.001 * kept,
+            "method_tflops": 1e-5 * kept,
         }
         for task, values in correct.items()
     }
@@ -386,6 +387,8 @@ def test_summary_has_the_numbers_of_the_runs(results):
     assert random["pope_std"] == pytest.approx(np.std([0.6, 0.64], ddof=1))
     assert rcb["questions_per_second"] == pytest.approx(100 / 35.75)
     assert random["prefill_tflops"] == pytest.approx(0.036)
+    assert random["method_tflops"] == pytest.approx(36e-5)
+    assert readable(table)["method GFLOPs"].tolist()[1:3] == ["0.358", "0.36"]
     # A method without one of the tasks has no average over them.
     assert prumerge[["mme_accuracy", "mme_score", "relative", "p_vs_random"]].isna().all()
     assert full[["target_tokens", "p_vs_random"]].isna().all()
@@ -447,6 +450,7 @@ def test_columns_that_say_nothing_are_not_shown(tmp_path):
         "relative, %",
         "questions/s",
         "prefill TFLOPs",
+        "method GFLOPs",
     ]
 
 

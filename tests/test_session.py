@@ -251,6 +251,15 @@ def test_a_trace_shows_what_the_answers_were_made_from(family):
     assert trace.layer_scores[2].argsort(descending=True)[:5].sort().values.tolist() == kept.tolist()
 
 
+def test_what_a_method_costs_is_that_of_choosing_and_of_what_it_reads_of_the_tower(family):
+    pruners = {name: make_pruner(name, budget=Budget.tokens(4)) for name in ("random", "divprune", "fastervlm")}
+    rows = {name: Session(family, own).answer(asked(1), **FAST)[0].row for name, own in pruners.items()}
+    queries_and_keys, products = 2 * 2 * 17 * 32 * 32, 2 * 17 * 32
+    assert rows["random"].method_tflops == 0
+    assert rows["divprune"].method_tflops == 2 * 16 * 16 * family.width / 1e12
+    assert rows["fastervlm"].method_tflops == (queries_and_keys + products) / 1e12
+
+
 @pytest.mark.parametrize("numbering", ["original", "contiguous"])
 def test_a_schedule_of_several_steps_is_run_counted_and_traced(family, numbering):
     class Pyramid(PRUNERS["fastv"]):
@@ -271,6 +280,9 @@ def test_a_schedule_of_several_steps_is_run_counted_and_traced(family, numbering
     flops = [own.shape.layer_flops(row.input_tokens - 16 + count) for count in (16, 8, 8, 4)]
     assert row.prefill_tflops == sum(flops) / 1e12
     assert (text.visual_kept, text.visual_layer_average, text.prefill_tflops > 0) == (0, 0, True)
+    # The attention of the last token in two layers, the second of which sees eight tokens less.
+    method = sum(own.shape.rows_flops(1, row.input_tokens - gone) for gone in (0, 8))
+    assert (row.method_tflops, text.method_tflops) == (method / 1e12, 0)
     trace = own.trace(questions[0])
     assert {layer: len(kept) for layer, kept in trace.layer_kept.items()} == {1: 8, 3: 4}
     assert set(trace.layer_kept[3].tolist()) < set(trace.layer_kept[1].tolist())

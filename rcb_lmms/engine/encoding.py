@@ -13,7 +13,7 @@ from rcb_lmms.engine.generation import out_of_memory
 from rcb_lmms.engine.ledger import pack_kept
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
-from rcb_lmms.families.clip import asked
+from rcb_lmms.families.clip import asked, reading_flops
 from rcb_lmms.families.packed import PackedImage
 from rcb_lmms.pruners.base import Pruner, Selection, VisualTokens
 from rcb_lmms.pruners.views import choose_views
@@ -117,11 +117,15 @@ class ImageEncoder:
     ) -> tuple[list[list[VisualTokens]], list[list[Selection]]]:
         """Views of images and videos, and what the pruner keeps of each."""
         views = self.views(visuals, pruner)
-        return views, [self._choose(own, pruner, question) for own in views]
+        return views, [self._choose(own, pruner, question)[1] for own in views]
 
-    def _choose(self, views: list[VisualTokens], pruner: Pruner, question: str | None) -> list[Selection]:
+    def _choose(
+        self, views: list[VisualTokens], pruner: Pruner, question: str | None
+    ) -> tuple[list[VisualTokens], list[Selection]]:
+        """Views with what the pruner reads of the question, and what it keeps of each."""
         with self.clock.timed("choose"):
-            return choose_views(pruner, asked(self.family, views, pruner, question), self.per, question)
+            told = asked(self.family, views, pruner, question)
+            return told, choose_views(pruner, told, self.per, question)
 
     def packed(self, visuals: Sequence[Visual], pruner: Pruner, question: str | None = None) -> list[PackedImage]:
         """Pruned and packed images and videos; the pruner chooses once per visual, or per visual and question."""
@@ -131,9 +135,10 @@ class ImageEncoder:
         found = {visual.key: self._packed.get((name, read, visual.key)) for visual in visuals}
         missing = list({visual.key: visual for visual in visuals if found[visual.key] is None}.values())
         for visual, views in zip(missing, self.views(missing, pruner), strict=True):
-            selections = self._choose(views, pruner, question)
+            told, selections = self._choose(views, pruner, question)
+            flops = sum(own.flops for own in selections) + reading_flops(self.family, told, pruner)
             with self.clock.timed("pack"):
-                packed = self.family.pack_selected(views, selections, visual)
+                packed = replace(self.family.pack_selected(views, selections, visual), method_flops=flops)
                 if any(len(own.kept) < len(own.scores) for own in selections):
                     kept = (pack_kept(own.kept.tolist(), len(own.scores)) for own in selections)
                     packed = replace(packed, kept=tuple(kept))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rcb_lmms.cost import DecoderShape
+from rcb_lmms.pruners.tokens import PromptSizes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,8 @@ class LedgerRow:
         visual_layer_average: visual tokens per decoder layer, averaged over the layers.
         visual_capped: 1 if a layer method was to keep more tokens than the packing left the prompt, and kept them all.
         prefill_tflops: of the decoder, under the formula of `rcb_lmms.cost`.
+        method_tflops: of the method on the prompt's images, the first prefill and the question: choosing, and what it
+            reads of the tower beyond the tower's own pass; in full where other questions share it.
         kept: one string for each view (for a layer method one for the prompt): see `pack_kept`.
     """
 
@@ -40,6 +43,7 @@ class LedgerRow:
     visual_layer_average: float
     visual_capped: int
     prefill_tflops: float
+    method_tflops: float = 0.0
     kept: tuple[str, ...] = ()
 
 
@@ -57,6 +61,9 @@ def ledger_row(
     for step in steps:
         seen[step.layer :] = [step.keep] * (shape.layers - step.layer)
     capped = bool(steps) and pruner.budget.exceeds(prompt.retained, shares)
+    sizes = PromptSizes(len(prompt), prompt.retained, len(prompt) - prompt.spans[-1][1] if prompt.spans else 0, shape)
+    left = [prompt.retained, *(step.keep for step in steps)]
+    choosing = sum(pruner.step_flops(step, before, sizes) for step, before in zip(steps, left, strict=False))
     # The candidates are the visual tokens that stand in the prompt; newlines between them stay.
     flops = sum(shape.layer_flops(len(prompt) - prompt.retained + count) for count in seen)
     return LedgerRow(
@@ -69,6 +76,7 @@ def ledger_row(
         visual_layer_average=sum(seen) / shape.layers,
         visual_capped=int(capped),
         prefill_tflops=flops / 1e12,
+        method_tflops=(prompt.method_flops + choosing) / 1e12,
         kept=kept,
     )
 

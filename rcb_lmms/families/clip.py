@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rcb_lmms.cost import encoder_flops
 from rcb_lmms.errors import UserError
+from rcb_lmms.families.towers import fields_flops
 from rcb_lmms.pruners.base import Pruner, VisualTokens
 
 if TYPE_CHECKING:
@@ -51,6 +54,14 @@ def space_of(family: Family, pruner: Pruner) -> ClipSpace | None:
     return family.clip_spaces[pruner.clip]
 
 
+def reading_flops(family: Family, views: Sequence[VisualTokens], pruner: Pruner) -> int:
+    """FLOPs of what a method reads of views: what the tower computes for it again, and CLIP's text and projection."""
+    patches, width = math.prod(family.grid), family.model.config.vision_config.hidden_size
+    flops = len(views) * fields_flops(width, patches, family.has_cls, pruner.needs) if pruner.needs else 0
+    space = space_of(family, pruner)
+    return flops if space is None else flops + space.flops(sum(map(len, views)), len(views[0].text_embeddings))
+
+
 class ClipSpace:
     """The space of images and texts of a CLIP model whose vision tower is the family's own.
 
@@ -93,6 +104,12 @@ class ClipSpace:
                 next_step="clip=..., or relevance=embedding",
             )
         return self._project(self._norm(features.to(self._norm.weight)))
+
+    def flops(self, patches: int, segments: int) -> int:
+        """FLOPs of embedding patches, and a text of so many segments."""
+        config, (width, joint) = self._texts.config, self._project.weight.T.shape
+        words = encoder_flops(config, config.max_position_embeddings) + 2 * config.hidden_size * joint
+        return 2 * patches * width * joint + segments * words
 
     def text(self, text: str) -> Tensor:
         """`(m, e)` embeddings of a text, one for every 77 tokens.

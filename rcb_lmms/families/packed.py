@@ -29,6 +29,7 @@ class Prompt:
         encoded: visual tokens of all views, with those that a packing cut off as padding.
         places: `(s,)` int64 position of each row in the unpruned prompt; `None` means `0` to `s - 1`.
         prefix_name: names the rows of `prefix`; `None` where no other prompt may share them.
+        method_flops: of the method on its views.
     """
 
     embeds: Tensor
@@ -42,6 +43,7 @@ class Prompt:
     encoded: int = 0
     places: Tensor | None = None
     prefix_name: Hashable = None
+    method_flops: int = 0
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -84,7 +86,8 @@ class PackedImage:
 
     `encoded` are the visual tokens of its views; a packing that cuts padding off has fewer `native` ones. `kept` says
     for each view which tokens stayed, as `rcb_lmms.engine.ledger.pack_kept` writes it; it is empty if all did. `places`
-    are the rows' positions `(k,)` among the `extent` rows that nothing pruned would have left.
+    are the rows' positions `(k,)` among the `extent` rows that nothing pruned would have left. `method_flops` are those
+    of choosing, and of what the method reads of the tower.
     """
 
     rows: Rows
@@ -95,6 +98,7 @@ class PackedImage:
     kept: tuple[str, ...] = ()
     places: Tensor | None = None
     extent: int = 0
+    method_flops: int = 0
 
     @property
     def embeds(self) -> Tensor:

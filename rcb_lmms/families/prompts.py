@@ -126,6 +126,7 @@ def embedded(
         views=sum(image.views for image in images),
         visuals=len(images),
         prefix=length,
+        method_flops=sum(image.method_flops for image in images),
         encoded=sum(image.encoded for image in images),
         places=torch.cat(places),
     )

@@ -9,7 +9,7 @@ loaded. A further field, or a tower of another kind, is added here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +63,19 @@ def optional_fields(
             [cls_attention_from(query, key) for query, key in zip(queries, keys, strict=True)]
         )
     return fields
+
+
+def fields_flops(c: int, patches: int, has_cls: bool, needs: Collection[str]) -> int:
+    """FLOPs that `optional_fields` takes for one view, beyond the pass of a tower of width `c`."""
+    n, flops = patches + has_cls, 0
+    projections, square = 4 * n * c * c, 2 * n * n * c
+    if not {"mean_keys", "head_attention", "received_attention"}.isdisjoint(needs):
+        flops += projections + ("received_attention" in needs) * square + ("head_attention" in needs) * 2 * n * c
+    if "object_attention" in needs:
+        flops += projections + square
+    if not {"keys", "cls_attention"}.isdisjoint(needs):
+        flops += 2 * n * c * c + 2 * c * c + 2 * n * c
+    return flops
 
 
 def object_block(read: int, blocks: int, has_cls: bool) -> int:

@@ -31,6 +31,7 @@ class VisualTokenCounts(TokenCounts):
     visual_layer_average: float = 0.0
     visual_capped: int = 0
     prefill_tflops: float = 0.0
+    method_tflops: float = 0.0
     kept: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,6 +44,7 @@ class VisualTokenCounts(TokenCounts):
             "visual_layer_average": round(self.visual_layer_average, 3),
             "visual_capped": self.visual_capped,
             "prefill_tflops": float(f"{self.prefill_tflops:.6g}"),
+            "method_tflops": float(f"{self.method_tflops:.6g}"),
             "kept": self.kept,
         }
 
@@ -108,6 +110,7 @@ def summarize(rows: list[tuple[str, VisualTokenCounts]]) -> dict[str, dict[str, 
             # fmean is exact, so the order in which processes report does not matter.
             "layer_average_visual_tokens": statistics.fmean(sample.visual_layer_average for sample in samples),
             "prefill_tflops": statistics.fmean(sample.prefill_tflops for sample in samples),
+            "method_tflops": statistics.fmean(sample.method_tflops for sample in samples),
         }
     return summary
 
@@ -153,12 +156,14 @@ def cost_table(run: RunRecord) -> str:
             f"{own['retained_visual_tokens'] / max(own['native_visual_tokens'], 1):.1%}",
             f"{own['layer_average_visual_tokens']:.2f}",
             f"{1000 * own['prefill_tflops']:.4g}",
+            f"{1000 * own['method_tflops']:.4g}",
             own["samples"],
             failed[task],
         )
         for task, own in run.achieved.items()
     ]
-    headers = ("task", "tokens kept", "of", "share", "layer average", "prefill GFLOPs", "answered", "failed")
+    gflops = ("prefill GFLOPs", "method GFLOPs")
+    headers = ("task", "tokens kept", "of", "share", "layer average", *gflops, "answered", "failed")
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     asked = run.totals["questions"] - run.totals["resumed_questions"]
     first = f", {1000 * run.totals['seconds_first_token'] / asked:.3g} ms to the first token" if asked else ""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.errors import BudgetError, UserError
-from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, Selection, VisualTokens
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, PromptSizes, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,10 @@ KINDS = ("tokens", "ratio", "threshold", "adaptive")
 class Pruner(ABC):
     """A method and its hyper-parameters; holds no state, so one instance serves every image.
 
-    A method implements `select`, or only `score` if keeping the tokens of the best scores is all it does. Everybody
-    else calls `choose`. The class attributes are facts that the other rooms read in place of the method's name; where
-    a hyper-parameter decides, a subclass makes a property of one.
+    A method implements `select`, or only `score` if keeping the tokens of the best scores is all it does, and says what
+    that costs in `choosing_flops` (a layer method in `step_flops`). Everybody else calls `choose`. The class
+    attributes are facts that the other rooms read in place of the method's name; where a hyper-parameter decides, a
+    subclass makes a property of one.
 
     Class attributes:
         name: registry key, CLI value and table row.
@@ -135,7 +136,17 @@ class Pruner(ABC):
                 allowed="exactly the tokens that the budget asks for, each once, in range and in order, finite scores",
                 next_step=f"mend `select` of {type(self).__name__}, or choose another budget",
             )
-        return selection
+        return replace(selection, flops=self.choosing_flops(view, len(selection)))
+
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """FLOPs of choosing `kept` tokens of a view.
+
+        Counted as `rcb_lmms.cost` counts: two for every multiply-add of a product, what `torch`'s counter sees, and one
+        for every operation of sums that are written out element by element over the channels or over pairs of tokens.
+        Norms, softmax and sorting are left out. What the fields in `needs` cost is the tower's matter, see
+        `rcb_lmms.families.towers.fields_flops`.
+        """
+        return 0
 
     def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
         """Count the tokens that `choose` leaves of a view; methods whose scores decide it take `scores` if known."""
@@ -161,6 +172,16 @@ class Pruner(ABC):
         A method without it keeps what the last prompt token attends to most in the layer before, mean over heads.
         """
         raise NotImplementedError
+
+    def step_flops(self, step: LayerStep, left: int, prompt: PromptSizes) -> int:
+        """FLOPs of choosing at a step of the schedule, for one prompt, counted as in `choosing_flops`.
+
+        Args:
+            step: what it leaves.
+            left: visual tokens that the step before left.
+            prompt: before any step.
+        """
+        return prompt.shape.rows_flops(1, prompt.present(left))
 
     # A budget that is a mean over a benchmark is met by fitting the method to evidence from a vision-only pass.
 

@@ -91,6 +91,11 @@ class CDPruner(Pruner):
         kept, scores = most_diverse(kernel, self.count(view))
         return Selection(kept.sort().values, scores)
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines of tokens to the question and to each other, and the rows of the Cholesky factor."""
+        n, words = len(view), getattr(view, FIELDS[self.relevance][1])
+        return 2 * n * (words.numel() + n * view.features.shape[1]) + n * kept * (kept - 1)
+
 
 def most_diverse(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices `(count,)` of a greedy maximum of the determinant of `kernel (n, n)`, and every token's gain `(n,)`.

@@ -9,7 +9,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.attention import largest
 from rcb_lmms.pruners.checks import check_whole
 from rcb_lmms.pruners.schedules import InDecoder, layers_of
-from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, PromptSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,15 @@ class DART(InDecoder):
             )
         (behind,) = layers_of(self.name, str(self.layer), (2,), layers)
         return [LayerStep(behind, count)]
+
+    def step_flops(self, step: LayerStep, left: int, prompt: PromptSizes) -> int:
+        """All keys of a layer, and every pivot's cosines to the tokens that those before it left."""
+        if step.keep == left:
+            return 0
+        shape = prompt.shape
+        pivots = VISUAL_PIVOTS + TEXT_PIVOTS
+        taken = sum(pivot * ((step.keep - VISUAL_PIVOTS) // pivots) for pivot in range(pivots))
+        return shape.rows_flops(0, prompt.present(left)) + 2 * (pivots * (left - VISUAL_PIVOTS) - taken) * shape.d
 
     def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
         """Scores: 2 for visual pivots, 1 for what stays beside them, 0 for what goes.

@@ -53,3 +53,7 @@ class DivPrune(Pruner):
             kept[step], stays[best] = best, True
             scores = torch.where(stays, scores, torch.minimum(scores, distances[best]))
         return Selection(kept.sort().values if self.ascending else kept, scores)
+
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """All tokens' cosines to each other."""
+        return 2 * len(view) ** 2 * view.features.shape[1]

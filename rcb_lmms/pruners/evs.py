@@ -40,6 +40,10 @@ class EVS(Pruner):
         scores[1:] = 1 - torch.cosine_similarity(frames[1:], frames[:-1], dim=-1)
         return scores.flatten()
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """A cosine for every token behind the first frame."""
+        return 2 * (view.features.numel() - view.features.numel() // view.frames)
+
     def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
         """Tokens of all frames together.
 

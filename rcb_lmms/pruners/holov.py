@@ -56,8 +56,7 @@ class HoloV(ByAttention):
         import torch
 
         weights, count, n = self.weights(view), self.count(view), len(view)
-        parts = min(n, self.runs or max(1, int(1024 / 576 * n / count)))
-        runs = torch.arange(n, device=weights.device).tensor_split(parts)
+        runs = torch.arange(n, device=weights.device).tensor_split(self._parts(n, count))
         scores = torch.stack([self._score(weights[run], view.features[run]) for run in runs])
         shares = scores / (scores.sum() + 1e-6)
         official = self.preset == "official"
@@ -67,6 +66,15 @@ class HoloV(ByAttention):
             kept.append(run if slot >= len(run) else run[largest(weights[run], slot)])
         kept = torch.cat(kept)
         return Selection(kept if official else kept.sort().values, weights, blanks=count - len(kept))
+
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines of the tokens of every run to each other."""
+        short, longer = divmod(len(view), self._parts(len(view), kept))
+        sizes = [short + (run < longer) for run in range(self._parts(len(view), kept))]
+        return 2 * sum(size**2 for size in sizes if size > 1) * view.features.shape[1]
+
+    def _parts(self, n: int, count: int) -> int:
+        return min(n, self.runs or max(1, int(1024 / 576 * n / count)))
 
     def _score(self, weights: Tensor, features: Tensor) -> Tensor:
         """A run's weight in the sharing, from attention `(m,)` and tokens `(m, d)`."""

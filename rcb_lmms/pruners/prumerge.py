@@ -72,6 +72,10 @@ class PruMerge(Pruner):
             centres = centres.sort().values
         return Selection(centres, attention, features=merge(view, centres, self.neighbours))
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines of the centres' keys to all, the merging, and the residual token."""
+        return 2 * (2 * (kept - 1) + 1) * view.encoder_features.numel()
+
     def count(self, view: VisualTokens, scores: Tensor | None = None) -> int:
         """Centres and the residual token, without merging anything."""
         return self._count(count_outliers(view.cls_attention), len(view)) + 1

@@ -104,6 +104,10 @@ class RCB(Pruner):
         chosen = super().select(view)
         return replace(chosen, forced=len(chosen) - self._passing(-chosen.scores))
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines to the prototypes; the paper's 5.3 has one addition less for each, see `rcb_lmms.cost`."""
+        return 2 * view.features.numel() * len(self.codebook)
+
     def redundancy(self, view: VisualTokens) -> Tensor:
         """The redundancy of every token, `(n,)` float32, at most 1; needs no budget.
 

@@ -49,3 +49,7 @@ class Scope(ByAttention):
             stays[best] = True
             covered = torch.maximum(covered, alike[best])
         return Selection(stays.nonzero().squeeze(1), scores)
+
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """All tokens' cosines to each other and, the gains for every token that stays: a difference, a bound, a sum."""
+        return len(view) ** 2 * (2 * view.encoder_features.shape[1] + 3 * kept)

@@ -12,7 +12,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.attention import largest
 from rcb_lmms.pruners.checks import check_choice
 from rcb_lmms.pruners.schedules import InDecoder, layers_of, solved
-from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, PromptSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,19 @@ class SparseVLM(InDecoder):
             return mean_tokens([step.keep for step in self._steps(ranked, native, behind)], counted, native, depth)
 
         return solved(self.name, counts, mean, target)
+
+    def step_flops(self, step: LayerStep, left: int, prompt: PromptSizes) -> int:
+        """Likeness of text and image, the raters' attention, and distances of what is merged.
+
+        Which text tokens rate depends on the prompt: all are counted, the most that it can be. Version 2.0 divides by
+        the attention that positions alone would give, of which the products are counted.
+        """
+        shape, tokens, text = prompt.shape, prompt.present(left), prompt.text
+        flops = 2 * prompt.visual * text * shape.d + shape.rows_flops(text, tokens)
+        if self.version == "2.0":
+            return flops + 2 * text * tokens * shape.head_width
+        merged = int(0.3 * (left - step.ranked)) + 1 if step.keep > step.ranked else 0
+        return flops + 2 * merged**2 * shape.d
 
     def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
         """By the raters' attention in the layer before, mean over heads and raters.

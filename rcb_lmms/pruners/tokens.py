@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rcb_lmms.cost import DecoderShape
+
 
 @dataclass(frozen=True)
 class VisualTokens:
@@ -72,6 +74,7 @@ class Selection:
         forced: tokens that stay only because of `min_keep`.
         blanks: vectors of zeros behind the kept tokens, where a released code feeds them (HoloV).
         places: `(r,)` int64 place in the view of every rewritten token, for `positions=original`.
+        flops: of choosing; `Pruner.choose` fills it in.
     """
 
     kept: Tensor
@@ -80,6 +83,7 @@ class Selection:
     forced: int = 0
     blanks: int = 0
     places: Tensor | None = None
+    flops: int = 0
 
     def __len__(self) -> int:
         """Visual tokens that reach the language model."""
@@ -96,6 +100,20 @@ class LayerStep:
     layer: int
     keep: int
     ranked: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptSizes:
+    """A prompt before any step: its tokens, the visual ones, the text behind the last of these, and the decoder."""
+
+    tokens: int
+    visual: int
+    text: int
+    shape: DecoderShape
+
+    def present(self, left: int) -> int:
+        """Tokens of the prompt when `left` visual ones are left."""
+        return self.tokens - self.visual + left
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from rcb_lmms.pruners.attention import largest
 from rcb_lmms.pruners.schedules import InDecoder, layers_of
-from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
+from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, PromptSizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class V2Drop(InDecoder):
 
         return self.solved(counts, behind, native, layers, self.budget.spent(native, shares, encoded))
 
+    def step_flops(self, step: LayerStep, left: int, prompt: PromptSizes) -> int:
+        """Lengths of differences: a difference, a square and a sum for every channel."""
+        return 3 * left * prompt.shape.d
+
     def select_in_layer(self, view: LayerView, step: LayerStep) -> LayerChoice:
         """By the length of what the layer before added."""
-        scores = (view.hidden - view.before)[view.candidates].float().norm(dim=1)
+        scores = (view.hidden[view.candidates] - view.before[view.candidates]).float().norm(dim=1)
         return LayerChoice(largest(scores, step.keep).sort().values, scores)

@@ -60,6 +60,10 @@ class VidCom2(Pruner):
         """Tokens of all frames together."""
         return sum(self._counts(view, nearness(view)[0]))
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Variance of all channels, and distances to two means of half of them: differences, squares, sums."""
+        return 6 * view.features.numel()
+
     def _counts(self, view: VisualTokens, to_video: Tensor) -> list[int]:
         budget, size = self.budget.count(len(view)), to_video.shape[1]
         ratio = self.budget.value if self.budget.kind == "ratio" else budget / len(view)

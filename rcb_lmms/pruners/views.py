@@ -64,13 +64,16 @@ def joined(views: Sequence[VisualTokens]) -> VisualTokens:
 
 
 def _apart(selection: Selection, views: Sequence[VisualTokens]) -> list[Selection]:
-    """A selection among joined views, as one per view; the first one carries what was forced, the last one blanks."""
+    """A selection among joined views, as one per view; the first carries what was forced and FLOPs, the last blanks."""
     ends = list(itertools.accumulate(map(len, views)))
     parts: list[Selection] = []
     for begin, end in zip([0, *ends], ends, strict=False):
         inside = (selection.kept >= begin) & (selection.kept < end)
         forced = 0 if parts else selection.forced
         blanks = selection.blanks if end == ends[-1] else 0
-        own = Selection(selection.kept[inside] - begin, selection.scores[begin:end], forced=forced, blanks=blanks)
+        flops = 0 if parts else selection.flops
+        own = Selection(
+            selection.kept[inside] - begin, selection.scores[begin:end], forced=forced, blanks=blanks, flops=flops
+        )
         parts.append(own)
     return parts

@@ -56,7 +56,7 @@ class VisionZip(ByAttention):
         import torch
 
         weights, count = self.weights(view), self.count(view)
-        contextual = self.contextual or max(1, round(count * CONTEXTUAL_SHARE))
+        contextual = self._contextual(count)
         with_cls = self.attention == "cls"
         if contextual >= count:
             raise BudgetError(
@@ -74,6 +74,14 @@ class VisionZip(ByAttention):
             features = torch.cat([view.cls_features, features])
             places = torch.cat([places.new_zeros(1), places])
         return Selection(kept, weights, features=features, places=places)
+
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines of the keys of what is neither dominant nor a target to those of the targets."""
+        targets = self._contextual(kept)
+        return 2 * (len(view) - kept + (self.attention == "cls")) * targets * view.mean_keys.shape[1]
+
+    def _contextual(self, count: int) -> int:
+        return self.contextual or max(1, round(count * CONTEXTUAL_SHARE))
 
 
 def _contextual(view: VisualTokens, dominant: Tensor, count: int) -> tuple[Tensor, Tensor]:

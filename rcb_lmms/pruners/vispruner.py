@@ -60,6 +60,16 @@ class VisPruner(ByAttention):
         diverse = thinned(view.encoder_features, order[important:], count - important)
         return Selection(torch.cat([order[:important], diverse]).sort().values, weights)
 
+    def choosing_flops(self, view: VisualTokens, kept: int) -> int:
+        """Cosines of the two halves in every round."""
+        important, products = int(kept * self.important), 0
+        left, diverse = len(view) - important, kept - important
+        while diverse and left > diverse:
+            first = left - left // 2
+            products += first * (left - first)
+            left -= min(ROUND, left - diverse, first)
+        return 2 * products * view.encoder_features.shape[1]
+
 
 @dataclass(frozen=True)
 class FasterVLM(ByAttention):
