@@ -191,7 +191,7 @@ def test_a_sample_shows_its_image_with_the_places_of_its_tokens(checkpoint, pope
     stages = [record["totals"][f"seconds_{stage}"] for stage in STAGES]
     assert min(stages) > 0
     assert sum(stages) <= record["totals"]["seconds"]
-    cost = next(row for row in page.rows if row[0].startswith("random") and len(row) == 11)
+    cost = next(row for row in page.rows if row[0].startswith("random, ") and len(row) == 11)
     assert [float(cell) for cell in cost[1:7]] == pytest.approx([1000 * own / 24 for own in stages], abs=0.006)
 
 
