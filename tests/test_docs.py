@@ -14,6 +14,7 @@ import typer
 from rcb_lmms.cli import app
 from rcb_lmms.models import PARTS
 from rcb_lmms.models.argument_types import parse_arguments, validated
+from rcb_lmms.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,9 +27,18 @@ def load_pages():
     return module
 
 
-@pytest.mark.parametrize("name", ["index.md", "methods.md", "reference.md"])
+PAGES = load_pages()
+
+
+@pytest.mark.parametrize("name", PAGES.PAGES)
 def test_pages_made_from_the_code_are_current(name):
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == load_pages().PAGES[name](), "python docs/pages.py"
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == PAGES.PAGES[name](), "python docs/pages.py"
+
+
+def test_methods_have_a_picture_where_there_is_a_choice_to_draw():
+    pictures = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "methods").glob("*.png")}
+    assert set(pictures) == {name for name, cls in PRUNERS.items() if PAGES.drawn(cls)}, "python docs/pages.py"
+    assert max(pictures.values()) < 60_000
 
 
 def test_every_page_is_in_the_navigation():
@@ -50,7 +60,7 @@ def commands():
                         yield pytest.param(words, id=f"{path.name}: {part.strip()}"[:90])
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_that_the_documentation_shows_are_understood(words):
     if words[0] == "rcb":
         command, rest = typer.main.get_command(app), words[1:]

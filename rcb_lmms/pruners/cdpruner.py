@@ -26,11 +26,16 @@ CLIP = "openai/clip-vit-large-patch14-336"
 class CDPruner(Pruner):
     """Greedy maximum of the determinant of likeness, each token weighted by its relevance to the question.
 
-    Follows Theia-4869/CDPruner at 9541616: likeness is the cosine behind the projector; relevance is the cosine of
-    patches and question in CLIP's space, its sign turned (CLIP's patches resemble a text less where the object is),
-    brought to 0 to 1 over all views of an image. Differs where the released code divides by zero or takes the root
-    of a number below it, and keeps fewer tokens than asked for: tokens that are all equally relevant weigh 1 each,
-    and when the tokens that stay span all others, the rest is filled up by what determinant is left.
+    Likeness is the cosine behind the projector; relevance is the cosine of patches and question in CLIP's space, its
+    sign turned (CLIP's patches resemble a text less where the object is), brought to 0 to 1 over all views of an image.
+
+    Released code:
+        It follows Theia-4869/CDPruner at 9541616, which divides by zero or takes the root of a number below it where
+        tokens are equally relevant or span all others, and then keeps fewer tokens than asked for.
+
+    Ours:
+        Tokens that are all equally relevant weigh 1 each, and when the tokens that stay span all others, the rest is
+        filled up by what determinant is left.
 
     Attributes:
         relevance: `clip` as released; `embedding` (OpenVINO GenAI's way for models without CLIP's text) is the cosine

@@ -22,11 +22,16 @@ VISUAL_PIVOTS = TEXT_PIVOTS = 4
 class DART(InDecoder):
     """Pivots have the keys of largest length; each takes the tokens that are least like it.
 
-    Follows ZichenWen1/DART as VTC-Bench copies it: before the layer, pivots are the four visual tokens and the four
-    text tokens behind them whose keys, in the layer before, have the largest sum of absolute values; likeness is the
-    cosine of the normalised hidden states. `official` lets pivots choose in the order of a Python set of their
-    positions and keeps `4 + 8 * (T // 8)` tokens: 68 where 64 are asked for. The other presets, ours, take visual
-    pivots first, by falling length, and keep the budget exactly: the last pivot takes what is left over.
+    Before the layer, pivots are the four visual tokens and the four text tokens behind them whose keys, in the layer
+    before, have the largest sum of absolute values; likeness is the cosine of the normalised hidden states.
+
+    Released code:
+        It follows ZichenWen1/DART as VTC-Bench copies it. `official` lets pivots choose in the order of a Python set of
+        their positions and keeps `4 + 8 * (T // 8)` tokens: 68 where 64 are asked for.
+
+    Ours:
+        The other presets take visual pivots first, by falling length, and keep the budget exactly: the last pivot takes
+        what is left over.
 
     Attributes:
         layer: decoder layers that see every token.

@@ -14,9 +14,14 @@ from rcb_lmms.pruners.checks import check_budget
 class DivPrune(Pruner):
     """Starts with the token farthest from its nearest neighbour, then adds the one farthest from all that stay.
 
-    Distances are one minus the cosine, after the projector. Follows vbdi/divprune at 799e2d9, but a token that stays
-    is not drawn again: where few tokens are distinct, the released code feeds some of them twice. Newlines are no
-    candidates here; there they are.
+    Distances are one minus the cosine, after the projector.
+
+    Released code:
+        It follows vbdi/divprune at 799e2d9. There, newlines are candidates, and a token that stays can be drawn again:
+        where few tokens are distinct, some of them are fed twice.
+
+    Ours:
+        A token that stays is not drawn again. Newlines are no candidates.
 
     Attributes:
         preset: `official` feeds tokens in raster order; `paper` in the order of choice, under which the paper's numbers

@@ -15,11 +15,13 @@ from rcb_lmms.pruners.none import keep_all
 class Downsample(Pruner):
     """Views are shown to the vision tower at a size of as many patches as the budget allows; all their tokens stay.
 
-    This class holds the numbers, `Family.encode` does the work: it must act before the tower, whose cost falls too.
+    It must act before the tower, whose cost falls too; `Family.encode` does the work. It is a control: VTC-Bench
+    compares methods on the samples that it answers wrong.
 
-    A budget of `k` tokens is a grid of `floor(sqrt(k))` rows and `floor(k / rows)` columns: exact for squares, never
-    above `k`, and below it by less than `rows`. What a run reports are the tokens of the grid. Rows are the shorter
-    side, since photographs are wide and the families' square views have squeezed them.
+    Ours:
+        A budget of `k` tokens is a grid of `floor(sqrt(k))` rows and `floor(k / rows)` columns: exact for squares,
+        never above `k`, and below it by less than `rows`. What a run reports are the tokens of the grid. Rows are the
+        shorter side, since photographs are wide and the families' square views have squeezed them.
     """
 
     name: ClassVar[str] = "downsample"

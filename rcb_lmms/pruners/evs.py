@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 class EVS(Pruner):
     """The first frame stays whole; of the others, the tokens least like the same place of the frame before.
 
-    Follows the method as vLLM runs it: one ranking over the whole video, one minus the cosine, ties to the earlier
-    token. A share is cut, not rounded, and never goes below the first frame; a number of tokens that does is refused.
-    An image of one view stays whole.
+    One ranking over the whole video, by one minus the cosine, ties to the earlier token.
+
+    Released code:
+        It follows the method as vLLM runs it. A share is cut, not rounded, and never goes below the first frame.
+
+    Ours:
+        A number of tokens below the first frame is refused. An image of one view stays whole.
     """
 
     name: ClassVar[str] = "evs"

@@ -13,7 +13,18 @@ from rcb_lmms.pruners.tokens import LayerStep
 
 @dataclass(frozen=True)
 class FastV(InDecoder):
-    """Pruning inside the decoder: this class holds the numbers, `rcb_lmms.engine.layer_pruning` does the work.
+    """Behind its first layers, the decoder goes on with the visual tokens that the last prompt token attends to most.
+
+    Every visual token costs full price in the first `layer` layers. `rcb_lmms.engine.layer_pruning` does the work.
+
+    Released code:
+        `preset=official` prunes anew at every decoded token, by the attention of the newest one, since the released
+        code runs without a cache. `preset=paper` prunes once, at the prefill, and decodes with the cache. The first
+        decoded token is the same.
+
+    Ours:
+        Attention comes from the layer's own queries and keys, so that the decoder runs with sdpa; all visual tokens of
+        a prompt are candidates together, also those of several images.
 
     Attributes:
         layer: decoder layers that see every token; the attention of the last of them gives the scores (K = 2 in the

@@ -15,10 +15,14 @@ from rcb_lmms.pruners.checks import check_budget, check_minimum
 class HiPrune(Pruner):
     """Anchors receive most attention in the object layer; they stay with the four tokens around them.
 
-    The others are those that receive most attention in the block whose output the projector reads. Follows
-    Danielement321/HiPrune at 6e83a12: neighbours are flat indices, which wrap from one row into the next, and are
-    clamped to the view; `round(count * alpha / 5)` anchors, half to even. There the grid is 24 x 24; here it is the
-    view's.
+    The others that stay are those that receive most attention in the block whose output the projector reads.
+
+    Released code:
+        It follows Danielement321/HiPrune at 6e83a12: neighbours are flat indices, which wrap from one row into the
+        next, and are clamped to the view; `round(count * alpha / 5)` anchors, half to even.
+
+    Ours:
+        There the grid is 24 x 24; here it is the view's.
 
     Attributes:
         alpha: share of the budget that anchors with four neighbours each would take.

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 class HoloV(ByAttention):
     """Runs of tokens in raster order share the budget by attention and variance of likeness, then keep by attention.
 
-    Follows obananas/HoloV at 1d2e65e. Its runs are one and a half rows of 24 x 24 tokens, where the paper speaks of
-    crops. `official` feeds a run's tokens by falling attention (a run that is kept whole, in raster order), and zeros
-    where a run is to keep more tokens than it has. The other presets, ours, feed tokens in raster order and give what a
-    run cannot spend to the runs of the largest weight.
+    Released code:
+        It follows obananas/HoloV at 1d2e65e. Its runs are one and a half rows of 24 x 24 tokens, where the paper speaks
+        of crops. `official` feeds a run's tokens by falling attention (a run that is kept whole, in raster order), and
+        zeros where a run is to keep more tokens than it has.
+
+    Ours:
+        The other presets feed tokens in raster order and give what a run cannot spend to the runs of the largest
+        weight.
 
     Attributes:
         alpha: weight of the variance, 0.09 as released; it only moves counts between runs.

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 class PruMerge(Pruner):
     """Centres are the outliers of CLS attention; every token lends them features; one residual token holds the rest.
 
-    Follows the released code: one wide head over the last block's keys, neighbours taken among all other tokens by
-    cosine of their keys, attention weights added without normalisation, a residual token behind the centres. The
-    paper instead describes neighbours among the pruned tokens, a weighted average, and no residual token. All indices
-    are those of 576 tokens, generalised to `n`. Merging happens before the projector.
+    Merging happens before the projector. Budgets: `adaptive` (or none), as many centres as there are outliers; a count
+    or a ratio, all but one of them centres and the last one the residual token.
 
-    Budgets: `adaptive` (or none), as many centres as there are outliers; a count or a ratio, all but one of them
-    centres and the last one the residual token.
+    Released code:
+        One wide head over the last block's keys, neighbours taken among all other tokens by cosine of their keys,
+        attention weights added without normalisation, a residual token behind the centres: this is what runs here. The
+        paper instead describes neighbours among the pruned tokens, a weighted average, and no residual token.
+
+    Ours:
+        All indices are those of 576 tokens, generalised to `n`. `scale` brings the method to a common budget.
 
     Attributes:
         scale: centres per outlier under the adaptive budget. 1 is official; others meet a mean (see `fit`), which is
@@ -155,10 +158,16 @@ class PruMerge(Pruner):
 class PruMergePlus(PruMerge):
     """PruMerge with centres on a uniform grid beside the outliers.
 
-    Adaptive: the grid starts at token 0 and steps by a third of the inverse outlier share, the released rule. It
-    crashes without outliers and beyond a third of them; here there is always one centre and a step of at least one.
-    Fixed count: the outliers first, then tokens spread evenly over those that are left (our choice: the released rule
-    gives no exact count).
+    The grid brings in what attention overlooks. A fixed count takes the outliers first, then tokens spread evenly over
+    those that are left.
+
+    Released code:
+        Adaptive: the grid starts at token 0 and steps by a third of the inverse outlier share. That crashes without
+        outliers and beyond a third of them.
+
+    Ours:
+        There is always one centre and a step of at least one. The fixed count is ours as well: the released rule gives
+        no exact count.
     """
 
     name: ClassVar[str] = "prumerge_plus"

@@ -14,10 +14,15 @@ from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView
 class PyramidDrop(InDecoder):
     """The shares r, r squared and r cubed of the visual tokens stay behind three layers.
 
-    Follows Cooperx521/PyramidDrop at 6444f30: before a layer, the attention that this layer's own projections give the
-    last prompt token ranks what is left; positions are renumbered. As released, r is one half behind 8, 16 and 24 of
-    32 layers, a mean of 270 of 576; a budget is this mean, for which r is solved, as the authors advise. Every visual
-    token of a prompt with several images is a candidate; the released code has one image.
+    Before a layer, the attention that this layer's own projections give the last prompt token ranks what is left.
+
+    Released code:
+        It follows Cooperx521/PyramidDrop at 6444f30: r is one half behind 8, 16 and 24 of 32 layers, a mean of 270 of
+        576; positions are renumbered.
+
+    Ours:
+        A budget is the mean over the layers, for which r is solved, as the authors advise. Every visual token of a
+        prompt with several images is a candidate; the released code has one image.
 
     Attributes:
         layers: as `8-16-24`, the released ones; by default the same shares of the decoder's depth. The authors

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 class RandomPruning(Pruner):
     """A fixed number of tokens per view, drawn without regard to content, in raster order.
 
-    One uniform number per token, and the smallest ones stay, as in RCB's released baseline. Differs from it in the
-    source of the numbers: there, one global generator runs through the data set, so that a result depends on the order
-    and on the skipped samples; here `seed` and the view's `key` alone decide.
+    One uniform number per token, and the smallest ones stay: the control that every method has to beat.
+
+    Released code:
+        RCB's released baseline does the same, but one global generator runs through the data set, so that a result
+        depends on the order and on the skipped samples (`draws=released`).
+
+    Ours:
+        `seed` and the view's `key`, which names its content, alone decide.
 
     Attributes:
         seed: RCB reports the mean over 42, 0 and 1234.

@@ -27,6 +27,20 @@ TILE = 1 << 22  # similarities in memory at a time: 16 MiB in float32
 class RCB(Pruner):
     """Keeps the tokens whose redundancy, a similarity to the codebook's prototypes, is low.
 
+    A prototype is a visual token that the language model neither recognises on its own nor misses in its image (`rcb
+    codebook build` finds them). A token's redundancy is its largest cosine to any prototype, behind the projector. What
+    lies below a threshold stays, so that images keep different numbers of tokens; the threshold is calibrated on a
+    benchmark until the mean meets the budget.
+
+    Released code:
+        `preset=official` is the released rule (redundancy < threshold, scores in the tower's float16), `preset=paper`
+        that of Algorithm 2 (redundancy <= threshold). For LLaVA-OneVision the released code scores by
+        `variant=double_softmax` and keeps exact counts, which the paper does not mention.
+
+    Ours:
+        Scores are float32. The threshold is the one whose mean is nearest to the budget, tokens that tie at it are told
+        apart by position (`ties`), and one token of an image stays whatever it is (`min_keep`).
+
     Attributes:
         codebook: a `Codebook`, or the path or id of one.
         preset: `official` keeps redundancy < threshold, as the released code; `paper` and `paper_literal` keep
@@ -52,7 +66,7 @@ class RCB(Pruner):
     summary: ClassVar[str] = "by the codebook, image by image"
     budgets: ClassVar[tuple[str, ...]] = ("threshold", "tokens", "ratio")
     official_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"llava_onevision": {"variant": "double_softmax"}}
-    paper: ClassVar[str] = "Redundancy Codebook, Algorithm 2"
+    paper: ClassVar[str] = "Beyond Intermediate States (arXiv 2503.20540), Algorithm 2"
 
     def __post_init__(self) -> None:
         check_budget(self, *self.budgets, None)

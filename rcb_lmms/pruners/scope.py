@@ -15,8 +15,14 @@ class Scope(ByAttention):
     """Adds, one by one, the token whose gain in coverage times its attention is the largest.
 
     A token is covered as far as its largest cosine to one that stays, before the projector; a candidate's gain is what
-    it adds over all tokens. Follows kinredon/SCOPE at 6bf7306, in float32: sums over all tokens tie in float16. There,
-    attention is summed over heads instead of averaged, which changes no choice.
+    it adds over all tokens.
+
+    Released code:
+        It follows kinredon/SCOPE at 6bf7306. There, attention is summed over heads instead of averaged, which changes
+        no choice.
+
+    Ours:
+        Sums run in float32: over all tokens they tie in float16.
 
     Attributes:
         alpha: power of the attention; 1 as released.

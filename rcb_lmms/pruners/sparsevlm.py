@@ -31,14 +31,19 @@ HEADS, OF_HEADS = 14, 32
 class SparseVLM(InDecoder):
     """Raters are text tokens behind the image that it resembles more than their mean; their attention ranks.
 
-    Follows Gumpest/SparseVLMs at 26a5f48. Version 1.5 merges three tenths of what goes into a few tokens behind the
-    image and renumbers positions; 2.0 merges nothing, keeps positions, divides attention by what rotary positions
-    alone would give, and listens to 14 of 32 heads (of other numbers, the same share; ours). Layers 2, 6 and 15 of 32
-    run on all current tokens; then their output is pruned. Counts are lists for 192, 128, 96 and 64 of 576 tokens, the
-    mean of the counts behind each layer, while the layers process more: 82.3 for 64. For other budgets the nearest
-    list is scaled until that mean is met (ours). Where no text token lies above the mean, all of them rate; the
-    released code then keeps arbitrary tokens. Of equally dense tokens the earlier one counts as denser, where the
-    released code lets unseeded noise decide. With several images, merged tokens stand behind the last one (ours).
+    Layers 2, 6 and 15 of 32 run on all current tokens; then their output is pruned.
+
+    Released code:
+        It follows Gumpest/SparseVLMs at 26a5f48. Version 1.5 merges three tenths of what goes into a few tokens behind
+        the image and renumbers positions; 2.0 merges nothing, keeps positions, divides attention by what rotary
+        positions alone would give, and listens to 14 of 32 heads. Counts are lists for 192, 128, 96 and 64 of 576
+        tokens, the mean of the counts behind each layer, while the layers process more: 82.3 for 64.
+
+    Ours:
+        For other budgets the nearest list is scaled until its mean is met; of other numbers of heads the same share
+        listens. Where no text token lies above the mean, all of them rate; the released code then keeps arbitrary
+        tokens. Of equally dense tokens the earlier one counts as denser, where the released code lets unseeded noise
+        decide. With several images, merged tokens stand behind the last one.
 
     Attributes:
         version: `1.5` or `2.0`.

@@ -13,9 +13,9 @@ from rcb_lmms.pruners.checks import check_budget
 class Stride(Pruner):
     """A fixed number of tokens per view at equal distances in raster order: the middles of `k` equal parts.
 
-    Of `n` tokens those at `floor((i + 1/2) n / k)` stay, `i` from 0 to `k - 1`, in whole numbers throughout. Where
-    `n / k` divides the width of the grid, they are whole columns (a quarter of 24 x 24 tokens: every fourth column);
-    otherwise they drift across it.
+    Of `n` tokens those at `floor((i + 1/2) n / k)` stay, `i` from 0 to `k - 1`, in whole numbers throughout. Where `n /
+    k` divides the width of the grid, they are whole columns (a quarter of 24 x 24 tokens: every fourth column);
+    otherwise they drift across it. It is a control of ours.
     """
 
     name: ClassVar[str] = "stride"

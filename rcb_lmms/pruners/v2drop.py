@@ -14,10 +14,15 @@ from rcb_lmms.pruners.tokens import LayerChoice, LayerStep, LayerView, PromptSiz
 class V2Drop(InDecoder):
     """A share of what is left stays behind two layers, and one token behind a third.
 
-    Follows xuyang-liu16/V2Drop at 219e03e: a token counts by how far the layer before moved its hidden state; rotary
-    positions keep their gaps. As released, the share is one half behind 3 and 17 of 32 layers, a mean of 202.8 of 576;
-    a budget is this mean, for which the share is solved. Under a causal mask visual tokens do not see the question
-    behind them.
+    A token counts by how far the layer before moved its hidden state. Under a causal mask visual tokens do not see the
+    question behind them.
+
+    Released code:
+        It follows xuyang-liu16/V2Drop at 219e03e: the share is one half behind 3 and 17 of 32 layers, a mean of 202.8
+        of 576; rotary positions keep their gaps.
+
+    Ours:
+        A budget is the mean over the layers, for which the share is solved.
 
     Attributes:
         layers: as `3-17-22`, the released ones; by default the same shares of the decoder's depth.

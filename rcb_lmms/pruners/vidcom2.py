@@ -21,9 +21,14 @@ TEMPERATURE = 0.01
 class VidCom2(Pruner):
     """A token's place is how near it is to the mean of its video and of its frame; the nearest go.
 
-    Follows xuyang-liu16/VidCom2 at 944a17d, on all pooled tokens of a video: only the half of the channels that vary
-    least count, tokens are normalised, and nearness is a sum of Gaussians of five widths. A frame's share of the
-    budget grows with the distance of its tokens to the video's mean. An image's views are taken for frames.
+    A frame's share of the budget grows with the distance of its tokens to the video's mean.
+
+    Released code:
+        It follows xuyang-liu16/VidCom2 at 944a17d, on all pooled tokens of a video: only the half of the channels that
+        vary least count, tokens are normalised, and nearness is a sum of Gaussians of five widths.
+
+    Ours:
+        An image's views are taken for frames.
 
     Attributes:
         counts: `released` rounds every frame's count for itself, at least one, so that the total is only about the

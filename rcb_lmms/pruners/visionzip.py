@@ -21,13 +21,17 @@ CONTEXTUAL_SHARE = 10 / 64
 class VisionZip(ByAttention):
     """A budget of `T` tokens is the CLS token, `T - 1 - contextual` dominant patches and the contextual tokens.
 
-    As released (dvlab-research/VisionZip at 3151f6d): the CLS token itself is fed to the language model, first; then
-    the dominant patches in raster order; then the contextual tokens, each a patch plus the mean of those assigned to
-    it by the largest cosine of their keys, the norm of which about doubles. Targets are evenly spaced among the
-    patches that are not dominant. Merging happens before the projector. Without a CLS token (`attention=received`,
-    ours) its place goes to one more patch.
+    Dominant patches receive most CLS attention. A contextual token is a patch plus the mean of those assigned to it by
+    the largest cosine of their keys. Merging happens before the projector.
 
-    Tiles are packed view by view; the released code feeds the dominant patches of all tiles as one raster.
+    Released code:
+        It is as released (dvlab-research/VisionZip at 3151f6d): the CLS token itself is fed to the language model,
+        first; then the dominant patches in raster order; then the contextual tokens, the norm of which about doubles.
+        Targets are evenly spaced among the patches that are not dominant. The released code feeds the dominant patches
+        of all tiles as one raster.
+
+    Ours:
+        Tiles are packed view by view. Without a CLS token (`attention=received`) its place goes to one more patch.
 
     Attributes:
         contextual: contextual tokens; 0 takes the share of the paper's budgets, 10 of 64, rounded, at least one.

@@ -21,11 +21,16 @@ ROUND = 8
 class VisPruner(ByAttention):
     """The share `important` of the budget goes to the largest attention, the rest to patches that differ.
 
-    As released (Theia-4869/VisPruner at aefa01a): patches that are not important stand in the order of attention and
-    are split into every first and every second one; of the first, the eight most like one of the second go; what is
-    left of the first, most alike foremost, and the second make the next round's order. Cosines are of patches before
-    the projector. Differs where the released code fails: an odd number of patches is split with one more in the first
-    half, and no round takes more than that half.
+    Patches that are not important stand in the order of attention and are split into every first and every second one;
+    of the first, the eight most like one of the second go; what is left of the first, most alike foremost, and the
+    second make the next round's order. Cosines are of patches before the projector.
+
+    Released code:
+        It is as released (Theia-4869/VisPruner at aefa01a), which fails where the patches of a round are odd in number,
+        or where a round takes more than the first half.
+
+    Ours:
+        An odd number of patches is split with one more in the first half, and no round takes more than that half.
 
     Attributes:
         important: share of the budget, rounded down; 0.5 as released (its README takes 0.75 for MME at 64 tokens).
@@ -73,7 +78,7 @@ class VisPruner(ByAttention):
 
 @dataclass(frozen=True)
 class FasterVLM(ByAttention):
-    """The patches of the largest attention; VisPruner's first version, and equal to it at `important=1`."""
+    """The patches of the largest attention stay; VisPruner's first version, and equal to it at `important=1`."""
 
     name: ClassVar[str] = "fastervlm"
     label: ClassVar[str] = "FasterVLM"

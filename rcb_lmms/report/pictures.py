@@ -143,7 +143,8 @@ def draw_kept(
     figure = _figure(lines, list(pruners), scores)
     if not asked and (seeing := [name for name, pruner in pruners.items() if pruner.sees_question]):
         verb = "chooses" if len(seeing) == 1 else "choose"
-        figure.supxlabel(f'{", ".join(seeing)} {verb} by the question, here "{shown[0].text}"', fontsize=8)
+        told = f'{", ".join(seeing)} {verb} by the question, here "{shown[0].text}"'
+        figure.supxlabel(textwrap.fill(told, CAPTION_LETTERS * (1 + len(pruners))), fontsize=8)
     return save_figure(figure, out.with_suffix(""), formats)
 
 
