@@ -303,10 +303,10 @@ class FakeFamily(Family):
         self.model.mix = torch.nn.Parameter(torch.randn(6, 60, generator=generator))
         self.model.config = SimpleNamespace(image_token_id=59)
         self.model.get_input_embeddings = lambda: torch.nn.Embedding.from_pretrained(self.model.table)
-        self.model.forward = self.forward
+        self.model.forward, self.model.layers = self.forward, torch.nn.ModuleList()
         self.pretrained, self.revision, self.preprocess, self.template = "fake", "r1", "rcb", "checkpoint"
         self.tokenizer = SimpleNamespace(convert_ids_to_tokens="w{}".format)
-        self.calls, self.calls_to_live, self.rows_seen = 0, calls_to_live, []
+        self.calls, self.calls_to_live, self.rows_seen, self.rows_computed = 0, calls_to_live, [], 0
 
     device, dtype, width = torch.device("cpu"), torch.float32, 6
 
@@ -333,13 +333,14 @@ class FakeFamily(Family):
     def prompt(self, text, images=1):
         return [1, 59, *(2 + ord(letter) % 50 for letter in text[:4])]
 
-    def forward(self, inputs_embeds, attention_mask, **_):
+    def forward(self, inputs_embeds, past_key_values, **_):
         self.calls += 1
-        self.rows_seen += attention_mask.sum(-1).tolist()
         if self.calls == self.calls_to_live:
             os.kill(os.getpid(), signal.SIGKILL)
-        mean = (inputs_embeds * attention_mask[..., None]).sum(1) / attention_mask.sum(-1, keepdim=True)
-        return SimpleNamespace(logits=(mean.tanh() @ self.model.mix)[:, None])
+        seen, _ = past_key_values.update(inputs_embeds[:, None], inputs_embeds[:, None], 0)
+        self.rows_seen += [seen.shape[2]] * len(seen)
+        self.rows_computed += inputs_embeds.shape[0] * inputs_embeds.shape[1]
+        return SimpleNamespace(logits=(seen[:, 0].mean(1).tanh() @ self.model.mix)[:, None])
 
 
 SETTINGS = BuildSettings(
@@ -354,24 +355,28 @@ def finished(tmp_path, images) -> Path:
 
 
 def test_every_experiment_has_its_length(tmp_path, images):
+    """Four windows, those of patches 5, 6, 9 and 10, are all that a grid of four by four has."""
     family = FakeFamily()
-    build(family, images[:2], tmp_path / "a.safetensors", replace(SETTINGS, tau_in=0), batch_size=4, progress=False)
+    build(family, images[:2], tmp_path / "a.safetensors", replace(SETTINGS, tau_in=0), batch_size=1, progress=False)
     newline, text = 1, 5
     assert Counter(family.rows_seen) == {
         3 + newline + text: 2 * 12,
-        9 + newline + text: 2 * 2 * 12,
-        16 + newline + text: 2 * (12 + 1),
+        9 + newline + text: 2 * (4 + 12),
+        16 + newline + text: 2 * (4 + 1),
     }
+    # The token before the image is computed once, and so is what stands before a window's first token.
+    known = 2 * (12 + 4 + 12 + 4 + sum((0, 1, 4, 5)))
+    assert family.rows_computed == sum(family.rows_seen) - known
 
 
 def test_a_killed_build_resumes_to_the_same_bytes(tmp_path, images, finished):
     out = tmp_path / "killed" / finished.name
-    # 13 calls per image: the kill falls into the third one.
+    # 9 calls per image: the kill falls into the third one.
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from test_codebook_build import FakeFamily, SETTINGS, build
-build(FakeFamily(calls_to_live=31), {list(map(str, images))!r}, {str(out)!r}, SETTINGS, batch_size=4, progress=False)
+build(FakeFamily(calls_to_live=23), {list(map(str, images))!r}, {str(out)!r}, SETTINGS, batch_size=4, progress=False)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -384,7 +389,7 @@ build(FakeFamily(calls_to_live=31), {list(map(str, images))!r}, {str(out)!r}, SE
     ]
     family = FakeFamily()
     build(family, images, out, SETTINGS, batch_size=4, progress=False)
-    assert family.calls == 26
+    assert family.calls == 18
     assert out.read_bytes() == finished.read_bytes()
 
 

@@ -5,8 +5,9 @@ import torch
 from rcb_lmms.budget import Budget
 from rcb_lmms.cost import DecoderShape, codebook_flops
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.generation import end_tokens, generate, last_logits, out_of_memory
+from rcb_lmms.engine.generation import end_tokens, generate, out_of_memory
 from rcb_lmms.engine.layer_pruning import prune_at_layer
+from rcb_lmms.engine.prefill import Prefill
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.images import Visual, content_key
 from rcb_lmms.pruners import PRUNERS, make_pruner
@@ -25,13 +26,34 @@ def prompts_of(family, counts):
     return prompts
 
 
-def test_ragged_batches_give_the_logits_of_single_prompts_in_the_order_given(family):
-    prompts = prompts_of(family, [16, 3, 9, 1, 12])
-    batched = last_logits(family, prompts, batch_size=3)
-    for prompt, row in zip(prompts, batched, strict=True):
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_prompts_behind_a_prefill_have_the_logits_of_whole_prompts_in_the_order_given(family, batch_size):
+    """Rows of the first prompt, from none to all, then others; every second prompt is read one token later."""
+    first, *others = [prompt.embeds for prompt in prompts_of(family, [16, 3, 9, 1, 12])]
+    shared = [0, 17, 5, 17, len(first), 5, 0, 2]
+    rests = [others[row % 4][: 1 + row % 3 * 2] for row in range(8)]
+    prefill = Prefill(family, first)
+    told = {}
+
+    def more(rows, tokens):
+        told.update(zip(rows, tokens, strict=True))
+        return [row % 2 == 1 for row in rows]
+
+    found = prefill.continued(shared, rests, batch_size, more)
+
+    def alone(embeds):
         with torch.inference_mode():
-            alone = family.model(inputs_embeds=prompt.embeds[None]).logits[0, -1]
-        torch.testing.assert_close(row, alone, rtol=0, atol=2e-5)
+            return family.model(inputs_embeds=embeds[None]).logits[0, -1]
+
+    torch.testing.assert_close(prefill.logits, alone(first), rtol=0, atol=2e-5)
+    for row, (count, rest) in enumerate(zip(shared, rests, strict=True)):
+        whole = torch.cat([first[:count], rest])
+        assert told[row] == int(alone(whole).argmax())
+        if row % 2:
+            table = family.model.get_input_embeddings().weight.detach()
+            whole = torch.cat([whole, table[told[row]][None]])
+        torch.testing.assert_close(found[row], alone(whole), rtol=0, atol=2e-5)
+    assert not any(module._forward_pre_hooks for module in family.model.modules())
 
 
 @pytest.mark.parametrize("method", ["none", "fastv"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import tiny
 import torch
 
 from rcb_lmms.codebook import probe
 from rcb_lmms.codebook.build import build
+from rcb_lmms.engine.prefill import Prefill
 from rcb_lmms.families.images import Visual
 from rcb_lmms.families.prompts import interleave
 from rcb_lmms.pruners.base import Selection, VisualTokens
@@ -111,24 +114,40 @@ def fed_with(family, pixels):
 def codebook_and_prompts(family, image, settings, folder, monkeypatch):
     """The codebook of one image, and the visual tokens and newlines of every prompt that its builder asked."""
     image.save(folder / "image.png")
-    seen, answer = [], probe.last_logits
-    monkeypatch.setattr(
-        probe, "last_logits", lambda own, prompts, size: seen.extend(prompts) or answer(own, prompts, size)
-    )
+    ids = family.prompt(settings.prompt)
+    start = ids.index(family.model.config.image_token_id)
+    seen = []
+
+    class Watched(Prefill):
+        def __init__(self, own, embeds):
+            super().__init__(own, embeds)
+            seen.append(embeds)
+
+        def continued(self, shared, rests, *given):
+            seen.extend(torch.cat([self.embeds[:count], rest]) for count, rest in zip(shared, rests, strict=True))
+            return super().continued(shared, rests, *given)
+
+    monkeypatch.setattr(probe, "Prefill", Watched)
     codebook = build(family, [folder / "image.png"], folder / "book.safetensors", settings, progress=False)
-    return codebook, seen
+    return codebook, [embeds[start : start + 1 + len(embeds) - len(ids)] for embeds in seen]
 
 
 def assert_experiments(family, prompts, tokens, patches, repeats, pad):
-    """The whole image, then for all `patches` each of the four experiments; a newline ends every one of them."""
-    newline, count = family.model.model.image_newline, len(patches)
-    assert all(prompt.newlines == 1 for prompt in prompts)
-    whole, *probes = [prompt.embeds[prompt.spans[0][0] : prompt.prefix] for prompt in prompts]
+    """The whole image, then four experiments, a window's once for all its `patches`; a newline ends every input."""
+    newline = family.model.model.image_newline
+    whole, *probes = prompts
     assert all(torch.equal(rows[-1], newline) for rows in (whole, *probes))
     torch.testing.assert_close(whole[:-1], tokens, rtol=0, atol=1e-5)
-    kinds = [probes[start : start + count] for start in range(0, 4 * count, count)]
-    for patch, single, region, ablated_region, ablated in zip(patches, *kinds, strict=True):
-        top, left = (max(0, min(place - 1, 1)) for place in divmod(patch, 4))
+    around = [tuple(max(0, min(place - 1, 1)) for place in divmod(patch, 4)) for patch in patches]
+    windows = list(dict.fromkeys(around))
+    ends = list(itertools.accumulate([0, len(patches), len(windows), len(patches), len(windows)]))
+    assert ends[-1] == len(probes)
+    singles, regions, ablated_regions, ablations = (probes[a:b] for a, b in itertools.pairwise(ends))
+    for row, (patch, (top, left)) in enumerate(zip(patches, around, strict=True)):
+        number = windows.index((top, left))
+        single, region, ablated_region, ablated = (
+            singles[row], regions[number], ablated_regions[row], ablations[number]
+        )  # fmt: skip
         window = [row * 4 + column for row in range(top, top + 3) for column in range(left, left + 3)]
         without, hole = tokens.clone(), tokens.clone()
         without[patch], hole[window] = pad, pad

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcb_lmms.analysis.images import Shown
 from rcb_lmms.codebook.divergence import divergence
-from rcb_lmms.codebook.probe import ImageStatistics, content_logits, measure
+from rcb_lmms.codebook.probe import ImageStatistics, Probe, measure
 from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.report.drawing import drawable, save_figure
 
@@ -67,18 +67,14 @@ def influence(session: Session, shown: Shown, tokens: Sequence[int], settings: B
     family, features = session.family, shown.view.features
     found = measure(family, shown.view, settings, session.batch_size, tokens)
     pad = family.pad_embedding.to(features)
-    intact, skips = content_logits(family, [features], settings, 1)
-    rounded, _ = content_logits(family, [_one_step_off(features)], settings, 1, skip=skips)
-    ids, runs = found.whole_ids.to(intact.device), []
-    for begin in range(0, len(tokens), session.batch_size):
-        part = torch.tensor(tokens[begin : begin + session.batch_size], device=features.device)
-        without = [features.index_copy(0, token[None], pad[None]) for token in part]
-        logits, _ = content_logits(family, without, settings, session.batch_size, skip=skips * len(part))
-        runs.append(logits.gather(-1, ids.expand(len(part), -1)).cpu())
+    probe = Probe(family, features, settings, session.batch_size)
+    rounded, _ = probe.logits([_one_step_off(features)], skip=[probe.skips])
+    without = [torch.cat([pad[None], features[token + 1 :]]) for token in tokens]
+    direct, _ = probe.logits(without, tokens, skip=[probe.skips] * len(tokens))
+    direct_logits = direct.gather(-1, found.whole_ids.to(direct.device).expand(len(tokens), -1)).cpu()
     rule = {"top_k": settings.top_k, "preset": settings.preset}
     region = divergence(found.region, found.region_ablated, **rule)
     whole = divergence(found.whole.expand_as(found.whole_ablated), found.whole_ablated, **rule)
-    direct_logits = torch.cat(runs)
     return Influence(
         statistics=found,
         region=region,
@@ -86,7 +82,7 @@ def influence(session: Session, shown: Shown, tokens: Sequence[int], settings: B
         combined=settings.k_region * region + settings.k_global * whole,
         direct=divergence(found.whole.expand_as(direct_logits), direct_logits, **rule),
         direct_logits=direct_logits,
-        noise=float(divergence(intact[0], rounded[0], **rule)),
+        noise=float(divergence(probe.whole, rounded[0], **rule)),
     )
 
 

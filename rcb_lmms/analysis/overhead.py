@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.codebook import Codebook
 from rcb_lmms.cost import codebook_flops, projector_flops, tower_flops
-from rcb_lmms.engine.generation import last_logits
 from rcb_lmms.families.images import Visual
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def _stages(family: Family, pruner: Pruner, visual: Visual) -> dict[str, tuple[f
     """Seconds and bytes of each stage, for one view."""
     import torch
 
+    from rcb_lmms.engine.prefill import Prefill
+
     with torch.inference_mode():
         pixels, opened = _measured(family, lambda: family.pixels(visual)[:1])
         moved = pixels.to(family.device, family.dtype)
@@ -76,7 +77,7 @@ def _stages(family: Family, pruner: Pruner, visual: Visual) -> dict[str, tuple[f
         selection, scored = _measured(family, lambda: pruner.choose(view))
         ids = family.prompt(QUESTION)
         prefills = [
-            _measured(family, lambda tokens=tokens: last_logits(family, [_embedded(family, ids, tokens)], 1))[1]
+            _measured(family, lambda tokens=tokens: Prefill(family, _embedded(family, ids, tokens).embeds))[1]
             for tokens in (view.features, view.features[selection.kept.to(view.features.device)])
         ]
     names = ("preprocessing", "vision tower", "projector", "RCB scoring", "prefill, unpruned", "prefill, pruned")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rcb_lmms.analysis.images import Shown
 from rcb_lmms.codebook.divergence import top1_probability
-from rcb_lmms.codebook.probe import content_logits
+from rcb_lmms.codebook.probe import Probe
 from rcb_lmms.codebook.settings import TOP_K_STORED, BuildSettings
 from rcb_lmms.engine.generation import generate
 from rcb_lmms.engine.layer_attention import last_token_attention
@@ -104,11 +104,11 @@ def read_tokens(
     family, view = session.family, shown.view
     repeats = settings.single_repeats or family.single_repeats
     attention = text_to_image_attention(family, shown, settings.prompt, layers)
-    readings = []
+    readings, probe = [], Probe(family, view.features, settings, session.batch_size)
     for begin in range(0, len(tokens), session.batch_size):
         part = tokens[begin : begin + session.batch_size]
         sequences = [view.features[token].expand(repeats, -1) for token in part]
-        logits, _ = content_logits(family, sequences, settings, session.batch_size)
+        logits, _ = probe.logits(sequences)
         words = _words(family, sequences, settings)
         best, probability = logits.amax(-1).tolist(), top1_probability(logits, TOP_K_STORED).tolist()
         for index, token in enumerate(part):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rcb_lmms.codebook.settings import TOP_K_STORED, BuildSettings
-from rcb_lmms.engine.generation import last_logits
+from rcb_lmms.engine.prefill import Prefill
 
 if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
@@ -126,63 +125,99 @@ def measure(
     The probed patches are `patches`, raster indices, or by default those of `probed_patches`.
 
     Source: paper 3.1, 7.2, 7.3. Every input is packed as the family packs an image, newline included. A patch is
-    ablated by putting the pad embedding into its slot, behind the projector.
+    ablated by putting the pad embedding into its slot, behind the projector. Patches at the border have the window of
+    their neighbour, which is asked about once.
     """
     tokens, (height, width) = view.features, view.grid
     pad = family.pad_embedding.to(tokens)
     index = probed_patches(view, settings.probes) if patches is None else list(patches)
     repeats = settings.single_repeats or family.single_repeats
-    logits = functools.partial(content_logits, family, settings=settings, batch_size=batch_size)
-    columns: dict[str, list[Tensor]] = {name: [] for name in ImageStatistics._fields[2:]}
-    with torch.inference_mode():
-        whole, whole_skips = logits([tokens])
-        columns["whole_ids"], columns["whole"] = ([part] for part in _top(whole))
-        for begin in range(0, len(index), batch_size):
-            part = index[begin : begin + batch_size]
-            around = [window(patch, height, width) for patch in part]
-            single, _ = logits([tokens[patch].expand(repeats, -1) for patch in part])
-            region, skips = logits([tokens[slots] for slots in around])
-            without = [_ablate(tokens[slots], [slots.index(p)], pad) for p, slots in zip(part, around, strict=True)]
-            region_ablated, _ = logits(without, skip=skips)
-            whole_ablated, _ = logits([_ablate(tokens, slots, pad) for slots in around], skip=whole_skips * len(part))
-            for name, full in (("single", single), ("region", region)):
-                ids, values = _top(full)
-                columns[f"{name}_ids"].append(ids)
-                columns[name].append(values)
-            columns["region_ablated"].append(region_ablated.gather(-1, columns["region_ids"][-1]))
-            columns["whole_ablated"].append(whole_ablated.gather(-1, columns["whole_ids"][0].expand(len(part), -1)))
+    around = [tuple(window(patch, height, width)) for patch in index]
+    windows = list(dict.fromkeys(around))
+    own = [windows.index(slots) for slots in around]
+    probe = Probe(family, tokens, settings, batch_size)
+    single, _ = probe.logits([tokens[patch].expand(repeats, -1) for patch in index])
+    region, skips = probe.logits([tokens[list(slots)] for slots in windows])
+    without = [_ablate(tokens[list(slots)], [slots.index(p)], pad) for p, slots in zip(index, around, strict=True)]
+    region_ablated, _ = probe.logits(without, skip=[skips[number] for number in own])
+    begins = [slots[0] for slots in windows]
+    without = [
+        _ablate(tokens[begin:], [slot - begin for slot in slots], pad)
+        for begin, slots in zip(begins, windows, strict=True)
+    ]
+    whole_ablated, _ = probe.logits(without, begins, skip=[probe.skips] * len(windows))
+    (single_ids, single), (region_ids, region) = _top(single), _top(region[own])
+    whole_ids, whole = _top(probe.whole[None])
     stored = tokens if settings.cluster_input == "all" else tokens[index]
     # bfloat16 has no place in a codebook file, and casting it to float16 could overflow.
     stored = stored if stored.dtype == torch.float16 else stored.float()
-    found = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
-    return ImageStatistics(index=torch.tensor(index), features=stored.detach().cpu(), **found)
+    found = {
+        "features": stored.detach(),
+        "single_ids": single_ids,
+        "single": single,
+        "region_ids": region_ids,
+        "region": region,
+        "region_ablated": region_ablated.gather(-1, region_ids),
+        "whole_ids": whole_ids,
+        "whole": whole,
+        "whole_ablated": whole_ablated[own].gather(-1, whole_ids.expand(len(index), -1)),
+    }
+    return ImageStatistics(index=torch.tensor(index), **{name: tensor.cpu() for name, tensor in found.items()})
 
 
-def content_logits(
-    family: Family,
-    sequences: Sequence[Tensor],
-    settings: BuildSettings,
-    batch_size: int,
-    skip: Sequence[bool] | None = None,
-) -> tuple[Tensor, list[bool]]:
-    """`(b, v)` float32 logits of the answer's first content token for each visual sequence `(k, d)`, and who skipped.
+class Probe:
+    """What the model answers about parts of a view: the logits of an answer's first content token.
 
-    If the greedy first token is an article, it is appended and the next position's logits are taken: for each
-    sequence on its own, so that the intact and the ablated run may differ in it (released code), or for those that
-    `skip` names (`strict`).
+    If the greedy first token is an article, it is appended and the next position's logits are taken: for each input on
+    its own, so that an intact and an ablated run may differ in it (released code), or by what `skip` names (`strict`).
+    The intact view is computed once; what another input has in common with its beginning, the template at least, is
+    not computed again.
+
+    Args:
+        family: the loaded model.
+        tokens: `(n, d)` of the view.
+        settings: prompt and article rule.
+        batch_size: prompts per forward pass.
+
+    Attributes:
+        whole: `(v,)` float32 of the intact view.
+        skips: whether its answer began with an article.
     """
-    ids = family.prompt(settings.prompt)
-    packed = [family.pack_base(sequence) for sequence in sequences]
-    logits = last_logits(family, [family.embed(ids, [rows]) for rows in packed], batch_size)
-    first = logits.argmax(-1).tolist()
-    if skip is None or not settings.strict:
-        articles = {token for token in set(first) if is_article(family.tokenizer, token, settings.article)}
-        skip = [token in articles for token in first]
-    again = [row for row, skipped in enumerate(skip) if skipped]
-    if again:
-        longer = [family.embed([*ids, first[row]], [packed[row]]) for row in again]
-        logits[again] = last_logits(family, longer, batch_size)
-    return logits, list(skip)
+
+    def __init__(self, family: Family, tokens: Tensor, settings: BuildSettings, batch_size: int):
+        self.family, self.settings, self.batch_size = family, settings, batch_size
+        prompt = family.embed(family.prompt(settings.prompt), [family.pack_base(tokens)])
+        self._start = prompt.spans[0][0]
+        self._behind = prompt.embeds[self._start + len(tokens) :]  # a newline too, where the family has one
+        self._intact = Prefill(family, prompt.embeds)
+        self.whole, self.skips = self._intact.logits, False
+        if self._is_article(int(self.whole.argmax())):
+            logits, (self.skips,) = self.logits([tokens[-1:]], [len(tokens) - 1])
+            self.whole = logits[0]
+
+    def logits(
+        self, sequences: Sequence[Tensor], begins: Sequence[int] | None = None, skip: Sequence[bool] | None = None
+    ) -> tuple[Tensor, list[bool]]:
+        """`(b, v)` float32 logits for visual sequences `(k, d)`, and which of them skipped an article.
+
+        Args:
+            sequences: stand in the place of the view's tokens.
+            begins: how many of the view's first tokens stand before each of them; none by default.
+            skip: under `strict`, which of them skip their first token.
+        """
+        skipped = [False] * len(sequences)
+
+        def more(rows: list[int], tokens: list[int]) -> list[bool]:
+            for row, token in zip(rows, tokens, strict=True):
+                skipped[row] = skip[row] if skip is not None and self.settings.strict else self._is_article(token)
+            return [skipped[row] for row in rows]
+
+        shared = [self._start + begin for begin in begins or [0] * len(sequences)]
+        rests = [torch.cat([sequence, self._behind]) for sequence in sequences]
+        return self._intact.continued(shared, rests, self.batch_size, more), skipped
+
+    def _is_article(self, token: int) -> bool:
+        return is_article(self.family.tokenizer, token, self.settings.article)
 
 
 def is_article(tokenizer: Any, token: int, rule: str) -> bool:

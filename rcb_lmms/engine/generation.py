@@ -71,29 +71,6 @@ def positions_of(prompts: Sequence[Prompt], starts: Sequence[int], mask: Tensor)
     return positions
 
 
-def last_logits(family: Family, prompts: Sequence[Prompt], batch_size: int) -> Tensor:
-    """`(p, vocabulary)` float32 logits after each prompt's last position, in the order given.
-
-    Prompts are batched by length, so that short ones do not pay for long ones.
-    """
-    import torch
-
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    rows: list[Any] = [None] * len(prompts)
-    with torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            batch = [prompts[index] for index in chosen]
-            embeds, mask, starts = left_pad(batch)
-            positions = positions_of(batch, starts, mask)
-            logits = family.model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-            ).logits[:, -1]
-            for index, row in zip(chosen, logits.float(), strict=True):
-                rows[index] = row
-    return torch.stack(rows)
-
-
 def generate(
     family: Family,
     prompts: Sequence[Prompt],
