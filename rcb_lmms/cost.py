@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder: `layers`, width `d`, feed-forward `m`, query and key/value heads, head width."""
+    """Sizes of a decoder: `layers`, width `d`, feed-forward `m`, query and key/value heads, head width, words."""
 
     layers: int
     d: int
@@ -20,6 +20,7 @@ class DecoderShape:
     heads: int
     kv_heads: int
     head_width: int
+    vocabulary: int = 0
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
@@ -33,6 +34,7 @@ class DecoderShape:
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_width=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vocabulary=text.vocab_size,
         )
 
     def layer_flops(self, n: int) -> int:
@@ -58,18 +60,36 @@ class DecoderShape:
             return self.layers * self.layer_flops(n)
         return pruned_layer * self.layer_flops(n) + (self.layers - pruned_layer) * self.layer_flops(n_pruned)
 
+    def head_flops(self) -> int:
+        """FLOPs of one position's logits; `prefill_flops` leaves them out."""
+        return 2 * self.d * self.vocabulary
+
+    def decode_flops(self, n: float, new: int) -> float:
+        """FLOPs of decoding `new` tokens, of which the prefill's logits give the first; heads are included.
+
+        Args:
+            n: keys that the prefill left in a layer, mean over layers.
+            new: length of the answer.
+        """
+        inner, inner_kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        fixed = self.layers * (4 * self.d * (inner + inner_kv) + 6 * self.d * self.m) + self.head_flops()
+        return sum(fixed + 4 * self.layers * (n + step) * inner for step in range(1, new))
+
     def fastv_paper_macs(self, n: int) -> int:
-        """The FastV paper's `4nd^2 + 2n^2d + 2ndm` for one layer, in multiply-adds."""
+        """The FastV paper's `4nd^2 + 2n^2d + 2ndm` for one layer, in multiply-adds.
+
+        It has two matrices in the feed-forward part, where Llama and Qwen2 have three, and as many key heads as query
+        heads.
+        """
         return 4 * n * self.d**2 + 2 * n * n * self.d + 2 * n * self.d * self.m
+
+    def sparsevlm_macs(self, n: int) -> int:
+        """SparseVLM's `4nd^2 + 2n^2d + 3ndm` for one layer: half of `layer_flops` where no key heads are shared."""
+        return self.fastv_paper_macs(n) + n * self.d * self.m
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Key/value cache of one token over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_width * bytes_per_value
-
-
-def codebook_flops(n: int, prototypes: int, d: int) -> int:
-    """RCB's overhead for `n` visual tokens: the similarity matrix, `n * N * (2d - 1)` (paper 5.3)."""
-    return n * prototypes * (2 * d - 1)
 
 
 def tower_flops(vision: Any, patches: int, cls: bool) -> int:

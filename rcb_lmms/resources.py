@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rcb_lmms.errors import UserError
 
@@ -59,6 +61,35 @@ def source_version() -> dict[str, str | None]:
     except metadata.PackageNotFoundError:
         version = None
     return {"package": "rcb_lmms", "version": version, "commit": _git_commit(PACKAGE.parent)}
+
+
+def machine(device: Any = "cpu") -> dict[str, Any]:
+    """What a figure was measured on: processor, cores, threads, memory in GB, the GPU if it is one, and versions."""
+    import torch
+    import transformers
+
+    kind = torch.device(device)
+    found = {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "device": str(kind),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if kind.type == "cuda":
+        own = torch.cuda.get_device_properties(kind)
+        found |= {"gpu": own.name, "gpu_memory_gb": round(own.total_memory / 1e9, 1)}
+    return found
+
+
+def _processor_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @functools.cache

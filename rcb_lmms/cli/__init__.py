@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rcb_lmms.cli import calibrate, results, run, show
+from rcb_lmms.cli import bench, calibrate, results, run, show
 from rcb_lmms.cli.artefacts import checkpoint_app, codebook_app
 from rcb_lmms.cli.codebook_study import analyze_app
 from rcb_lmms.cli.lab import lab_app
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (run, calibrate, results, show):
+for group in (run, bench, calibrate, results, show):
     app.add_typer(group.app)
 app.add_typer(analyze_app, name="analyze")
 app.add_typer(codebook_app, name="codebook")

@@ -1,4 +1,4 @@
-"""`rcb analyze`: what a codebook is made of, what it covers and what its scoring costs."""
+"""`rcb analyze`: what a codebook is made of, and what it covers."""
 
 from __future__ import annotations
 
@@ -86,32 +86,3 @@ def coverage(
         f"{facts['largest_cosine']['median']:.2f} in the median; {facts['nearest']} of {facts['prototypes']} "
         "prototypes are the nearest one of some token."
     )
-
-
-@analyze_app.command("cost")
-def cost(
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
-    model: Pretrained = "lab",
-    codebook: Annotated[str | None, typer.Option(help="File or id; by default the model's.")] = None,
-    ratio: Annotated[float, typer.Option(help="Share of the tokens that stays, for the prefill.")] = 1 / 9,
-    limit: Annotated[int, typer.Option(help="Images, the first by name.", min=1)] = 8,
-    out: Out = Path("analysis"),
-    preprocess: Preprocess = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """FLOPs, seconds and memory of RCB's scoring beside the tower's and the prefill's (paper 5.3)."""
-    from rcb_lmms.analysis.overhead import explain_overhead, overhead
-    from rcb_lmms.budget import Budget
-    from rcb_lmms.codebook.listing import find_images
-    from rcb_lmms.families import default_codebook
-    from rcb_lmms.pruners import make_pruner
-
-    session, _ = open_session(model, None, 1, preprocess, device, dtype)
-    book = codebook or default_codebook(session.family.name, model)
-    pruner = make_pruner("rcb", codebook=book, budget=Budget.ratio(ratio))
-    table = overhead(session, pruner, find_images(images)[:limit])
-    facts = {"model": model, "codebook": book, "device": str(session.family.device), "dtype": str(session.family.dtype)}
-    write_table(table, out / "cost", facts)
-    typer.echo(table.to_string(index=False, float_format="{:.3g}".format))
-    typer.echo(explain_overhead(table))

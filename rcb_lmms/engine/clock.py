@@ -18,9 +18,9 @@ class Clock:
         device: torch device of the model.
 
     Attributes:
-        seconds: by stage: `open` reads images; `tower` prepares pixels, encodes and projects them; `choose` is the
-            method's; `pack` makes prompts; `prefill` ends with the logits of a batch's first tokens, `decode` with its
-            answers. `first_token` adds up, question by question, its share of all before the prefill and the whole
+        seconds: by stage: `open` reads images and makes pixels of them; `tower` encodes and projects them; `choose` is
+            the method's; `pack` makes prompts; `prefill` ends with the logits of a batch's first tokens, `decode` with
+            its answers. `first_token` adds up, question by question, its share of all before the prefill and the whole
             prefill of its batch; over the number of questions it is the time to first token.
     """
 
@@ -40,6 +40,11 @@ class Clock:
 
                 torch.cuda.synchronize(self.device)
             self.seconds[stage] += time.perf_counter() - began
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count seconds of one stage in another, where the two alternate."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     def before_prefill(self) -> float:
         """Seconds of all stages before the prefill so far."""

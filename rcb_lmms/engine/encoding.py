@@ -70,8 +70,10 @@ class ImageEncoder:
         found = {visual.key: self._views.get((smaller, visual.key)) for visual in visuals}
         pending = {visual.key: visual for visual in visuals if found[visual.key] is None}
         for batch in self.batches(pending.values()):
+            before = self.family.pixel_seconds
             with self.clock.timed("tower"):
                 encoded = self._encode(batch, self._size(smaller))
+            self.clock.move(self.family.pixel_seconds - before, "tower", "open")
             for visual, views in zip(batch, encoded, strict=True):
                 _check_finite(views)
                 found[visual.key] = views

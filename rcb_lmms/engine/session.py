@@ -163,8 +163,7 @@ class Session:
             middle = len(batch) // 2
             first, second = batch[:middle], batch[middle:]
             return self._generate(first, window, generation) | self._generate(second, window, generation)
-        self.seconds["decode"] -= generated.prefill_seconds
-        self.seconds["prefill"] += generated.prefill_seconds
+        self.encoder.clock.move(generated.prefill_seconds, "decode", "prefill")
         self.seconds["first_token"] += sum(len(ready.indices) for ready in batch) * generated.prefill_seconds
         answers = [self._answer(ready, generated, row, generation) for row, ready in enumerate(batch)]
         return {index: own for ready, own in zip(batch, answers, strict=True) for index in ready.indices}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -77,6 +78,7 @@ class Family(ABC):
     ):
         self.model, self.processor = model, processor
         self.reader = reader or VideoReader()
+        self.pixel_seconds = 0.0  # spent so far on making pixels
         self.tokenizer = processor.tokenizer
         self.pretrained, self.fingerprint = pretrained, fingerprint
         self.clip_spaces: dict[str, Any] = {}  # by source, see `clip`; loaded when a method reads one
@@ -146,7 +148,9 @@ class Family(ABC):
 
         def views() -> Iterator[tuple[int, Tensor]]:
             for number, visual in enumerate(opened):
+                began = time.perf_counter()
                 pixels = self.pixels(visual)
+                self.pixel_seconds += time.perf_counter() - began
                 grids.append(self.grid if size is None else self.tower_grid(visual, size, len(pixels)))
                 yield from ((number, view) for view in resized(pixels, grids[-1], self.grid, self.patch_px))
 

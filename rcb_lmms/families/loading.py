@@ -60,18 +60,16 @@ def load_family(
     Raises:
         UserError: no such checkpoint, another architecture, weights that are not whole, or an unknown choice.
     """
-    import torch
-
     pretrained = str(pretrained)
     place = _locate(pretrained, family or "llava")
-    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(device)
     check_attention(attn_implementation)
     chosen, original = _recognise(place, family)
     _check_options(chosen, own)
     if "split" in chosen.options:
         own = {"split": default_split(chosen.name, pretrained), **own}
     reader = VideoReader(video_backend, max_frames_num)
-    loading = {"dtype": _dtype(dtype, device), "attn_implementation": attn_implementation}
+    loading = {"dtype": chosen_dtype(dtype, device), "attn_implementation": attn_implementation}
     if not weights:
         model, processor = _load_empty(place, original)
     elif original:
@@ -191,7 +189,23 @@ def _check_options(family: type[Family], own: dict[str, Any]) -> None:
         )
 
 
-def _dtype(name: str, device: str) -> Any:
+def chosen_device(name: str | None) -> str:
+    """A device of this machine by name, or the GPU if there is one.
+
+    Raises:
+        UserError: no such device.
+    """
+    import torch
+
+    return check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def chosen_dtype(name: str, device: str) -> Any:
+    """The type of weights by name; `auto` is float32 on a CPU and float16 elsewhere.
+
+    Raises:
+        UserError: no such type.
+    """
     import torch
 
     if choose("dtype", name, DTYPES) == "auto":
