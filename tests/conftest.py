@@ -60,6 +60,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def flash_on_cpu():
+    """Flash attention by the name `flash.NAME`."""
+    import flash
+
+    flash.register()
+
+
 @pytest.fixture
 def tiny_llama():
     """A random `LlamaForCausalLM`: 4 layers, 4 query and 2 key heads of width 8, 96 words."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import flash
 import pytest
 import torch
 from test_methods import counted
@@ -214,7 +215,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", flash.NAME])
+@pytest.mark.usefixtures("flash_on_cpu")
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_qwen2"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_padded_batch_equals_the_literal_decoder_of_each_prompt(case, fixture, implementation, request):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import flash
 import pytest
 import torch
 
 from rcb_lmms.engine.layer_pruning import prune_at_layer, prune_in_layers
 from rcb_lmms.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("flash_on_cpu")
 LENGTH, NEW = 14, 6
 SPANS = [(2, 9), (5, 12)]  # in the batch, whose second row has three positions of padding
 KEEP = 3
@@ -79,7 +81,7 @@ def test_scores_are_the_last_row_of_eager_attention(model, batch):
                 assert pruning.scores[index].dtype == torch.float32
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", flash.NAME])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_drop_equals_a_loop_over_the_layers(model, batch, layer, implementation):
     ids = batch["input_ids"][:1]
@@ -93,7 +95,7 @@ def test_drop_equals_a_loop_over_the_layers(model, batch, layer, implementation)
     assert (logits[0, -1] - model(ids).logits[0, -1]).abs().max() > 0.1  # pruning does change this model's answer
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", flash.NAME])
 def test_mask_gives_the_logits_of_drop(model, batch, implementation):
     model.set_attn_implementation(implementation)
     outputs, tokens = {}, {}
@@ -110,7 +112,7 @@ def test_mask_gives_the_logits_of_drop(model, batch, implementation):
     assert torch.equal(tokens["drop"], tokens["mask"])
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", flash.NAME])
 @pytest.mark.parametrize("mode", ["drop", "mask"])
 def test_keeping_all_equals_the_unpruned_model(model, batch, implementation, mode):
     model.set_attn_implementation(implementation)
@@ -142,7 +144,7 @@ SCHEDULES = [[(1, 5), (3, 2)], [(1, 6), (2, 4), (3, 1)], [(2, 5), (3, 0)]]
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 @pytest.mark.parametrize("steps", SCHEDULES)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", flash.NAME])
 def test_a_schedule_equals_a_loop_over_the_layers_and_decodes_with_its_cache(
     model, batch, steps, positions, implementation
 ):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcb_lmms.engine.layer_inputs import check_attention, find_decoder
+from rcb_lmms.engine.layer_inputs import check_attention, find_decoder, takes_padding
 
 
 def last_token_attention(model: nn.Module, embeds: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
@@ -95,7 +95,13 @@ def gather(states: Tensor, index: Tensor) -> Tensor:
 
 
 def causal_mask(keys: Tensor, valid: Tensor, queries: Tensor, hidden: Tensor, implementation: str) -> Tensor | None:
-    """The mask `(b, 1, q, k)` in the form the attention wants: causal by original position, padding unseen."""
+    """The mask in the form the attention wants: causal by original position, padding unseen.
+
+    `(b, k)` of keys for flash attention, whose queries are the last of the keys, and which never computes padding; for
+    the others `(b, 1, q, k)`. `None` where the kernels need none.
+    """
+    if takes_padding(implementation):
+        return None if bool(valid.all()) else valid.to(hidden.device)
     plain = bool(valid.all()) and queries.shape[1] in (1, keys.shape[1])
     if plain and implementation == "sdpa":
         return None  # its kernels are faster with no mask, and causal by themselves

@@ -136,13 +136,21 @@ def check_decoder(decoder: nn.Module, layer: int, mode: str) -> None:
     check_attention(layers[layer - 1])
     implementation = decoder.config._attn_implementation
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
-    if implementation not in ("sdpa", "eager") or kinds != {"full_attention"}:
+    known = implementation in ("sdpa", "eager") or takes_padding(implementation)
+    if not known or kinds != {"full_attention"}:
         raise UserError(
             wanted="masks that can be rebuilt for the remaining tokens",
             found=f"{implementation} attention of kind {', '.join(sorted(kinds))}",
-            allowed="sdpa or eager, full attention in every layer",
+            allowed="sdpa, eager or flash attention, in full in every layer",
             next_step="load the model with attn_implementation=sdpa",
         )
+
+
+def takes_padding(implementation: str) -> bool:
+    """Whether a kind of attention is told what is padding, `(b, k)`, and is causal by itself, as flash attention is."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is flash_attention_mask
 
 
 def check_attention(layer: nn.Module) -> nn.Module:
