@@ -40,7 +40,7 @@ class Case:
 
     Attributes:
         label: the method in the table.
-        spent: seconds a question by stage, with `total`; one entry a repeat.
+        spent: seconds a question by stage, with `total` and the processor's `cpu`; one entry a repeat.
         peak: bytes above the weights.
         answer: one of its answers, for its ledger.
     """
@@ -161,9 +161,9 @@ def _length(family: Family) -> Iterator[None]:
 def _run(family: Family, case: Case, images: Sequence[Any], new_tokens: int) -> dict[str, float]:
     """Seconds a question by stage of one batch, which nothing was computed for before."""
     session = Session(family, case.pruner, batch_size=case.batch, prefix_cache="off")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     answers = session.answer([Question(QUESTION, [image]) for image in images], max_new_tokens=new_tokens)
-    total = time.perf_counter() - began
+    total, cpu = time.perf_counter() - began, time.process_time() - worked
     for answer in answers:
         if answer.error is not None or session.batch_size < case.batch:
             raise UserError(
@@ -173,7 +173,7 @@ def _run(family: Family, case: Case, images: Sequence[Any], new_tokens: int) -> 
                 next_step="--batch-size with a smaller number, or fewer --layers",
             )
     case.answer = answers[0]
-    spent = {stage: session.seconds[stage] for stage in (*STAGES, "first_token")} | {"total": total}
+    spent = {stage: session.seconds[stage] for stage in (*STAGES, "first_token")} | {"total": total, "cpu": cpu}
     return {stage: own / len(images) for stage, own in spent.items()}
 
 
@@ -220,7 +220,7 @@ def _row(family: Family, case: Case, image: Any, new_tokens: int, roof: float) -
         "kept": own.visual_kept,
         "layer_average": own.visual_layer_average,
         "prompt_tokens": own.input_tokens,
-        **{f"{stage}_ms": 1e3 * case.median(stage) for stage in (*STAGES, "total")},
+        **{f"{stage}_ms": 1e3 * case.median(stage) for stage in (*STAGES, "total", "cpu")},
         "spread": case.spread,
         # Of a batch, all questions wait for the same prefill.
         "first_token_ms": 1e3 * case.median("first_token"),

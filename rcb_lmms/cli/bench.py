@@ -17,7 +17,7 @@ app = typer.Typer()
 
 CONTROLS = ("none", "random", "stride", "downsample")
 SECONDS = ("method", "budget", "batch", "open_ms", "tower_ms", "choose_ms", "pack_ms", "prefill_ms", "decode_ms",
-           "total_ms", "spread", "first_token_ms", "questions_per_second")  # fmt: skip
+           "total_ms", "cpu_ms", "spread", "first_token_ms", "questions_per_second")  # fmt: skip
 COSTS = ("method", "budget", "batch", "kept", "layer_average", "tower_gflops", "method_gflops", "prefill_gflops",
          "decode_gflops", "total_gflops", "prefill_of_matmul", "total_of_matmul", "kv_mb", "peak_mb")  # fmt: skip
 
