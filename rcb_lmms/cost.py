@@ -92,21 +92,23 @@ class DecoderShape:
         return 2 * self.layers * self.kv_heads * self.head_width * bytes_per_value
 
 
-def tower_flops(vision: Any, patches: int, cls: bool) -> int:
+def tower_flops(vision: Any, patches: int, cls: bool, blocks: int | None = None) -> int:
     """FLOPs of a CLIP or SigLIP tower over one view: patch embedding, projections, full attention, two-matrix MLP.
 
     Args:
         vision: its Hugging Face configuration.
         patches: of the view.
         cls: whether it has one position more than patches.
+        blocks: that run; by default all.
     """
-    return 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size + encoder_flops(vision, patches + cls)
+    return 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size + encoder_flops(vision, patches + cls, blocks)
 
 
-def encoder_flops(config: Any, n: int) -> int:
-    """FLOPs of all layers of a CLIP or SigLIP tower, of images or texts, over `n` positions."""
+def encoder_flops(config: Any, n: int, blocks: int | None = None) -> int:
+    """FLOPs of the `blocks` (by default all) of a CLIP or SigLIP tower, of images or texts, over `n` positions."""
     d = config.hidden_size
-    return config.num_hidden_layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * config.intermediate_size)
+    layers = config.num_hidden_layers if blocks is None else blocks
+    return layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * config.intermediate_size)
 
 
 def projector_flops(patches: int, c: int, d: int) -> int:

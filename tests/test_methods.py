@@ -397,6 +397,30 @@ def clip_tower():
     return CLIPVisionModel(config).eval()
 
 
+@pytest.mark.parametrize("layer", [-2, 5, -1])
+def test_a_tower_stops_behind_the_layer_that_is_read(clip_tower, layer):
+    """The states are those of a whole pass, bit by bit; of twelve blocks those behind the layer do not run."""
+    from rcb_lmms.families.towers import states_of
+
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    tower, ran = getattr(clip_tower, "vision_model", clip_tower), []
+    with torch.inference_mode():
+        whole = clip_tower(pixels, output_hidden_states=True).hidden_states
+        hooks = [
+            block.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+            for number, block in enumerate(tower.encoder.layers)
+        ]
+        found = states_of(tower, pixels, layer)
+        for hook in hooks:
+            hook.remove()
+        again = clip_tower(pixels, output_hidden_states=True).hidden_states
+    assert ran == list(range(layer % 13))
+    assert len(found) == layer % 13 + 1
+    assert all(torch.equal(own, other) for own, other in zip(found, whole, strict=False))
+    assert torch.equal(found[-1], whole[layer])
+    assert len(again) == 13
+
+
 def test_attention_and_keys_of_two_blocks_are_those_of_eager_attention(clip_tower):
     from rcb_lmms.families.towers import optional_fields
 

@@ -199,9 +199,9 @@ def _row(family: Family, case: Case, image: Any, new_tokens: int, roof: float) -
     (views,) = session.encoder.views([family.open(image)], pruner)
     vision = family.model.config.vision_config
     patches = [view.grid[0] * view.grid[1] for view in views]
-    tower = sum(
-        tower_flops(vision, n, family.has_cls) + projector_flops(n, vision.hidden_size, family.width) for n in patches
-    )
+    blocks = family.model.config.vision_feature_layer % (vision.num_hidden_layers + 1)
+    tower = sum(tower_flops(vision, n, family.has_cls, blocks) for n in patches)
+    tower += sum(projector_flops(n, vision.hidden_size, family.width) for n in patches)
     layers = _tokens_by_layer(pruner, own, shape.layers)
     kept = statistics.fmean(layers)
     prefill = 1e12 * own.prefill_tflops + shape.head_flops()

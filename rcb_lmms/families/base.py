@@ -6,7 +6,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.errors import choose
@@ -16,7 +15,7 @@ from rcb_lmms.families.places import Place, base_region
 from rcb_lmms.families.prompts import embedded, interleave, token_ids
 from rcb_lmms.families.sizes import Size, batches, resized
 from rcb_lmms.families.templates import TEMPLATES
-from rcb_lmms.families.towers import optional_fields
+from rcb_lmms.families.towers import optional_fields, states_of
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.pruners.base import Selection, VisualTokens
 
@@ -188,12 +187,10 @@ class Family(ABC):
     def _tokens(self, pixels: Tensor, needs: set[str], interpolate: bool) -> dict[str, Tensor]:
         """Tensors of `VisualTokens` by name, for views `(b, 3, h, w)`."""
         tower = self.model.model.vision_tower
-        output = tower(
-            pixels.to(self.device, self.dtype), output_hidden_states=True, interpolate_pos_encoding=interpolate
-        )
-        states, layer = output.hidden_states, self.model.config.vision_feature_layer
-        patches = states[layer][:, 1:] if self.has_cls else states[layer]
-        return {"features": self.project(patches), **optional_fields(tower, states, layer, self.has_cls, needs)}
+        layer = self.model.config.vision_feature_layer
+        states = states_of(tower, pixels.to(self.device, self.dtype), layer, interpolate)
+        patches = states[-1][:, int(self.has_cls) :]
+        return {"features": self.project(patches), **optional_fields(tower, states, -1, self.has_cls, needs)}
 
     def views(self, visual: Visual, fields: list[dict[str, Tensor]], grid: tuple[int, int]) -> list[VisualTokens]:
         """Views of one visual from the tensors of each."""
@@ -301,5 +298,4 @@ class Family(ABC):
 
         marks = {getattr(self.model.config, f"{medium}_token_id", None) for medium in ("image", "video")}
         tokens = torch.tensor(ids, device=self.device)
-        prompt = embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images)
-        return prompt if original else replace(prompt, places=None)
+        return embedded(self.model.get_input_embeddings(), tokens, marks - {None}, images, original)

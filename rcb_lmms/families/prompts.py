@@ -80,7 +80,11 @@ def _broken(token: str) -> str:
 
 
 def embedded(
-    table: Callable[[Tensor], Tensor], tokens: Tensor, marks: set[int], images: Sequence[PackedImage]
+    table: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    marks: set[int],
+    images: Sequence[PackedImage],
+    original: bool = False,
 ) -> Prompt:
     """Replace each of `marks` among `tokens (s,)` by the packed rows of an image or a video, in order.
 
@@ -89,6 +93,7 @@ def embedded(
         tokens: token ids.
         marks: ids of the placeholders.
         images: one for each placeholder.
+        original: give the rows their places in an unpruned prompt.
 
     Raises:
         UserError: placeholders and images differ in number.
@@ -106,17 +111,12 @@ def embedded(
     with torch.no_grad():
         embeds = table(tokens)
     rows, spans, done, length = [], [], 0, 0
-    places, passed = [], 0  # positions in the unpruned prompt, and how many it has so far
     for position, image in zip(placeholders, images, strict=True):
         start = length + position - done
-        own = torch.arange(len(image.rows)) if image.places is None else image.places
-        places += [torch.arange(passed, passed + position - done), own + passed + position - done]
-        passed += position - done + (len(image.rows) if image.places is None else image.extent)
         rows += [embeds[done:position], image.embeds.to(embeds)]
         done, length = position + 1, start + len(image.rows)
         spans += image.rows.runs(start)
     rows.append(embeds[done:])
-    places.append(torch.arange(passed, passed + len(rows[-1])))
     return Prompt(
         torch.cat(rows),
         tuple(spans),
@@ -128,5 +128,18 @@ def embedded(
         prefix=length,
         method_flops=sum(image.method_flops for image in images),
         encoded=sum(image.encoded for image in images),
-        places=torch.cat(places),
+        places=_original_places(placeholders, images, len(tokens)) if original else None,
     )
+
+
+def _original_places(placeholders: Sequence[int], images: Sequence[PackedImage], tokens: int) -> Tensor:
+    """`(s,)` where each row of a prompt would stand if nothing had been pruned."""
+    import torch
+
+    places, done, passed = [], 0, 0  # tokens so far, and how many rows they are in the unpruned prompt
+    for position, image in zip(placeholders, images, strict=True):
+        own = torch.arange(len(image.rows)) if image.places is None else image.places
+        begin = passed + position - done
+        places += [torch.arange(passed, begin), own + begin]
+        done, passed = position + 1, begin + (len(own) if image.places is None else image.extent)
+    return torch.cat([*places, torch.arange(passed, passed + tokens - done)])

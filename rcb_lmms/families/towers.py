@@ -9,6 +9,7 @@ loaded. A further field, or a tower of another kind, is added here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,40 @@ WITH_CLS = PATCHES | {
 OBJECT_BLOCK, OF_BLOCKS = 8, 24
 
 
+def states_of(tower: Any, pixels: Tensor, layer: int, interpolate: bool = False) -> list[Tensor]:
+    """Hidden states of a tower up to the one that the projector reads; the blocks behind it do not run.
+
+    Args:
+        tower: the vision model.
+        pixels: of the views, `(b, 3, h, w)`.
+        layer: index, among all hidden states, of the one that the projector reads.
+        interpolate: the tower's position embeddings to the size of the views.
+
+    Returns:
+        The input of the first block, then the output of each, `(b, 1 + n, c)` with CLS, else `(b, n, c)`.
+    """
+    states: list[Tensor] = []
+    blocks = tower.encoder.layers[: layer % (len(tower.encoder.layers) + 1)]
+
+    def note(_: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+        states.extend([output] if states else [given[0], output])
+        if len(states) > len(blocks):
+            raise _Enough
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    try:
+        with contextlib.suppress(_Enough):
+            tower(pixels, interpolate_pos_encoding=interpolate)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
+
+
+class _Enough(Exception):
+    """Leaves a tower whose further layers nobody reads."""
+
+
 def optional_fields(
     tower: Any, states: Sequence[Tensor], layer: int, has_cls: bool, needs: set[str]
 ) -> dict[str, Tensor]:
@@ -31,8 +66,7 @@ def optional_fields(
 
     Args:
         tower: the vision model.
-        states: its hidden states, each `(b, 1 + n, c)` with CLS, else `(b, n, c)`: the input of every block, then the
-            last block's output.
+        states: its hidden states, those of `states_of` or all of them.
         layer: index of the one that the projector reads.
         has_cls: whether the first token is CLS.
         needs: names of the fields.
