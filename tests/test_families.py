@@ -236,6 +236,9 @@ def test_checkpoints_that_do_not_load_say_why(tmp_path, checkpoint):
         ({"attn_implementation": "flsh"}, "sdpa, eager, "),
         ({"attn_implementation": "flash_attention_3"}, "sdpa and eager"),
         ({"dtype": "int8"}, "float16"),
+        ({"device_map": "everywhere"}, "balanced"),
+        ({"device_map": {"": "cpu"}, "device": "cpu"}, "one device for each process"),
+        ({"quantization": "3bit"}, "8bit"),
     ],
 )
 def test_what_this_machine_lacks_is_refused_before_anything_is_read(checkpoint, monkeypatch, options, allowed):

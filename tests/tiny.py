@@ -77,7 +77,7 @@ def save(folder: Path, model, processor) -> Path:
     return folder
 
 
-def save_llava(folder: Path) -> Path:
+def save_llava(folder: Path, **text) -> Path:
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -100,7 +100,7 @@ def save_llava(folder: Path) -> Path:
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **{**TEXT, **text}),
         image_token_id=4,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

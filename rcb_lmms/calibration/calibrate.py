@@ -15,7 +15,7 @@ from rcb_lmms.calibration.scores import Scores, data_hash, joined
 from rcb_lmms.calibration.targets import CONVENTIONS, Target
 from rcb_lmms.calibration.threshold_file import BenchmarkRecord, Both, Row, ThresholdFile, setting_of
 from rcb_lmms.engine.encoding import ImageEncoder
-from rcb_lmms.engine.processes import join_processes
+from rcb_lmms.engine.processes import join_processes, own_device
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families import default_codebook, family_class, family_of, load_family
 from rcb_lmms.pruners import make_pruner
@@ -70,8 +70,8 @@ def calibrate_tasks(
     kind = family_of(pretrained)
     check_tower(kind, targets)
     method = make_pruner("rcb", codebook=codebook or default_codebook(kind, pretrained))
-    rank, size = join_processes()
-    encoder = _encoder(pretrained, method, targets, per, device or _own_device(rank, size), loading)
+    rank, _ = join_processes()
+    encoder = _encoder(pretrained, method, targets, per, device or own_device(), loading)
     family = encoder.family
     setting = setting_of(encoder, method)
     if rank == 0:  # one process writes the record, and only that one need read every byte of the weights for it
@@ -264,9 +264,3 @@ def default_out(pretrained: str) -> Path:
     """Where the thresholds of a model are written."""
     name = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in Path(pretrained).name)
     return Path("eval_configs") / "thresholds" / f"{name}.yaml"
-
-
-def _own_device(rank: int, size: int) -> str | None:
-    import torch
-
-    return f"cuda:{rank % torch.cuda.device_count()}" if size > 1 and torch.cuda.is_available() else None

@@ -83,6 +83,7 @@ def heads_of(attention: nn.Module, kind: str, hidden: Tensor) -> Tensor:
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding `(..., n, e)` of positions whose cosine and sine are given."""
+    cosine, sine = cosine.to(states.device), sine.to(states.device)
     first, second = states.chunk(2, dim=-1)
     return states * cosine + torch.cat([-second, first], dim=-1) * sine
 

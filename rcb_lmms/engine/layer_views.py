@@ -74,17 +74,19 @@ class Watch:
 
         def attention(where: str, rows: Tensor) -> Tensor:
             module = before.self_attn if where == "before" else following.self_attn
-            return rows_attention(module, normed if where == "before" else following.input_layernorm(own), rope, rows)
+            states = normed if where == "before" else following.input_layernorm(own)
+            return rows_attention(module, states, rope, rows).to(own.device)
 
         def keys() -> Tensor:
             rotated = rotate(heads_of(before.self_attn, "k", normed[None])[0], *rope)  # (g, m, e)
             groups = before.self_attn.q_proj.out_features // before.self_attn.k_proj.out_features
             return rotated.repeat_interleave(groups, 0).transpose(0, 1).flatten(1)
 
-        embeds = self.embeds[row, self.embeds.shape[1] - int(places[-1]) - 1 :]
+        # The layers of a model that is spread over devices were given theirs on different ones.
+        embeds = self.embeds[row, self.embeds.shape[1] - int(places[-1]) - 1 :].to(own.device)
         return LayerView(
             hidden=own,
-            before=self.before[row][columns],
+            before=self.before[row].to(own.device)[columns],
             candidates=candidates,
             places=places,
             embeds=embeds,
@@ -106,7 +108,7 @@ def rows_attention(attention: nn.Module, hidden: Tensor, rope: Rope, rows: Tenso
         rows: `(r,)` tokens whose attention is wanted, ascending.
     """
     rows = rows.to(hidden.device)
-    cosine, sine = rope
+    cosine, sine = (part.to(hidden.device) for part in rope)
     queries = rotate(heads_of(attention, "q", hidden[None, rows])[0], cosine[rows], sine[rows]).float()
     keys = rotate(heads_of(attention, "k", hidden[None])[0], cosine, sine).float()
     keys = keys.repeat_interleave(len(queries) // len(keys), 0)

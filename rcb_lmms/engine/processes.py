@@ -13,6 +13,15 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def own_device() -> str | None:
+    """The GPU of this process among those of its machine; `None` for a process alone, and where there is none."""
+    import torch
+
+    if rank_and_size()[1] == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % torch.cuda.device_count()}"
+
+
 def join_processes() -> tuple[int, int]:
     """`rank_and_size`, after joining the other processes that torchrun started, if any.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcb_lmms.errors import choose
+from rcb_lmms.families.devices import home
 from rcb_lmms.families.images import Visual, as_rgb, not_finite
 from rcb_lmms.families.packed import PackedImage, Prompt, Rows, places_of
 from rcb_lmms.families.places import Place, base_region
@@ -92,8 +93,8 @@ class Family(ABC):
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
-        return self.model.device
+        """Where prompts are: of a model on several devices, that of its embeddings."""
+        return home(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> Any:
@@ -121,8 +122,11 @@ class Family(ABC):
 
         A vocabulary without that id is not the public checkpoint's; the laboratory's keep an empty slot at 0.
         """
-        table = self.model.get_input_embeddings().weight
-        return table[self.pad_token_id if self.pad_token_id < len(table) else 0].detach()
+        import torch
+
+        table = self.model.get_input_embeddings()
+        known = self.pad_token_id < table.num_embeddings
+        return table(torch.tensor(self.pad_token_id if known else 0, device=self.device)).detach()
 
     # Images
 
@@ -190,7 +194,8 @@ class Family(ABC):
         layer = self.model.config.vision_feature_layer
         states = states_of(tower, pixels.to(self.device, self.dtype), layer, interpolate)
         patches = states[-1][:, int(self.has_cls) :]
-        return {"features": self.project(patches), **optional_fields(tower, states, -1, self.has_cls, needs)}
+        fields = {"features": self.project(patches), **optional_fields(tower, states, -1, self.has_cls, needs)}
+        return {name: values.to(self.device) for name, values in fields.items()}  # of a tower on another device
 
     def views(self, visual: Visual, fields: list[dict[str, Tensor]], grid: tuple[int, int]) -> list[VisualTokens]:
         """Views of one visual from the tensors of each."""
@@ -203,7 +208,7 @@ class Family(ABC):
         import torch
 
         with torch.inference_mode():
-            return self.model.model.multi_modal_projector(encoder_features)
+            return self.model.model.multi_modal_projector(encoder_features).to(self.device)
 
     def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
         """Kept tokens of a visual's views, each `(k, d)`, as one sequence. Newline policies override this.

@@ -114,7 +114,7 @@ class LlavaOnevision(TiledFamily):
     def pack(self, views: Sequence[Tensor], visual: Visual | None = None, *, whole: bool = False) -> Rows:
         """See `Family.pack`."""
         if visual is not None and visual.role == "video":
-            return flat(views, self.model.model.image_newline.detach())
+            return flat(views, self.newline)
         return super().pack(views, visual, whole=whole)
 
 

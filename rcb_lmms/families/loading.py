@@ -8,7 +8,7 @@ from typing import Any
 
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.families.base import Family
-from rcb_lmms.families.devices import check_attention, check_device
+from rcb_lmms.families.devices import check_attention, check_device, check_kernels, check_placement, own_weights, placed
 from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, empty_model, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_split, default_template, family_class
@@ -33,6 +33,8 @@ def load_family(
     device: str | None = None,
     dtype: str = "auto",
     attn_implementation: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
     preprocess: str | None = None,
     template: str | None = None,
     video_backend: str = "pyav",
@@ -48,6 +50,9 @@ def load_family(
         family: the family the caller expects; `None` takes what the checkpoint is.
         device: torch device; by default `cuda` if there is one.
         attn_implementation: of the language model and the tower; no method needs `eager`.
+        device_map: instead of `device`, how transformers spreads the model over all GPUs, the CPU and the disk: `auto`,
+            `balanced`, `balanced_low_0`, `sequential`, or a dictionary.
+        quantization: `4bit` or `8bit` weights of the language model, by bitsandbytes.
         preprocess: one of the family's presets, by default the paper's.
         template: `checkpoint`, or the family's `paper_template`; by default see `default_template`.
         dtype: weights' type; `auto` is float16 on a GPU (as the paper's evaluation) and float32 on a CPU.
@@ -62,6 +67,7 @@ def load_family(
     """
     pretrained = str(pretrained)
     place = _locate(pretrained, family or "llava")
+    check_placement(device, device_map, quantization)
     device = chosen_device(device)
     check_attention(attn_implementation)
     chosen, original = _recognise(place, family)
@@ -70,16 +76,20 @@ def load_family(
         own = {"split": default_split(chosen.name, pretrained), **own}
     reader = VideoReader(video_backend, max_frames_num)
     loading = {"dtype": chosen_dtype(dtype, device), "attn_implementation": attn_implementation}
+    spread = placed(device, device_map, quantization, loading["dtype"])
+    if original and spread:
+        raise _unconverted(pretrained, [*spread])
     if not weights:
         model, processor = _load_empty(place, original)
     elif original:
         with told(pretrained):
             model, processor = load_original(original, device=device, **loading)
     else:
-        model, processor = _load_converted(place, device, loading)
+        model, processor = _load_converted(place, device, {**loading, **spread})
     if weights:
-        check_finite(model.state_dict().items(), pretrained)
-        model = model.eval().to(device)
+        check_kernels(quantization, device, model.config.get_text_config().hidden_size)
+        check_finite(own_weights(model), pretrained)
+        model = model.eval() if spread else model.eval().to(device)
     return chosen(
         model,
         processor,
@@ -187,6 +197,15 @@ def _check_options(family: type[Family], own: dict[str, Any]) -> None:
             allowed=", ".join(family.options) or f"no options: {family.name} sees every image in one view",
             next_step=f"leave out {', '.join(unknown)}",
         )
+
+
+def _unconverted(pretrained: str, options: list[str]) -> UserError:
+    return UserError(
+        wanted=f"{pretrained} with {' and '.join(options)}",
+        found="a checkpoint in the original layout, which is loaded onto one device, with weights as they are stored",
+        allowed="checkpoints in Hugging Face's layout",
+        next_step=f"rcb checkpoint convert {pretrained} FOLDER, then pretrained=FOLDER",
+    )
 
 
 def chosen_device(name: str | None) -> str:

@@ -94,7 +94,7 @@ class TiledFamily(Family):
         Raises:
             UserError: `spatial_unpad` of pruned tiles.
         """
-        newline = self.model.model.image_newline.detach()
+        newline = self.newline
         if len(views) == 1:
             return flat(views, None if self.packing == "flat" else newline)
         if self.packing != "spatial_unpad":
@@ -107,6 +107,14 @@ class TiledFamily(Family):
                 next_step="pack=flat",
             )
         return self._unpadded(views, visual.image, newline)
+
+    @property
+    def newline(self) -> Tensor:
+        """`(d,)` embedding that ends a row, or a view."""
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.model.model):
+            return self.model.model.image_newline.detach()
 
     def _unpadded(self, views: Sequence[Tensor], image: Image, newline: Tensor) -> Rows:
         """The whole base view, then the tiles as one plane: its padding cut off, a newline behind every row."""

@@ -13,7 +13,7 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.engine.options import PREFIX_CACHE
 from rcb_lmms.errors import UserError, checked
 from rcb_lmms.families import family_class
-from rcb_lmms.families.devices import ATTENTION
+from rcb_lmms.families.devices import ATTENTION, DEVICE_MAPS, QUANTIZATION
 from rcb_lmms.families.tiles import PACKINGS
 from rcb_lmms.families.video import BACKENDS
 from rcb_lmms.families.weights import DTYPES
@@ -44,6 +44,8 @@ LOADING = {
     "dtype": one_of(DTYPES),
     "device": Text,
     "attn_implementation": one_of(ATTENTION),
+    "device_map": one_of(DEVICE_MAPS),
+    "quantization": one_of(QUANTIZATION),
     "video_backend": one_of(BACKENDS),
     "max_frames_num": Count,
 }

@@ -13,7 +13,7 @@ from rcb_lmms.calibration.fitting import check_least
 from rcb_lmms.engine.options import shares_prefix
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, default_split, family_class
-from rcb_lmms.families.devices import check_attention, check_device
+from rcb_lmms.families.devices import check_attention, check_device, check_placement
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
 from rcb_lmms.models.argument_types import LOADING, budget_names, field_names, method_options, validated
@@ -141,6 +141,7 @@ def _loading(family: str, method: str, given: Mapping[str, Any]) -> dict[str, An
     loading.setdefault("video_backend", VideoReader.backend)
     loading.setdefault("max_frames_num", VideoReader.max_frames)
     loading["family"] = family
+    check_placement(*(loading.get(name) for name in ("device", "device_map", "quantization")))
     if "device" in loading:
         check_device(loading["device"])
     if "attn_implementation" in loading:
@@ -185,9 +186,18 @@ def describe(settings: Settings, family: Family) -> dict[str, Any]:
         "template": family.template,
         "dtype": str(family.dtype),
         "device": str(family.device),
+        "device_map": _places(family) if settings.loading.get("device_map") else None,
+        "attn_implementation": family.model.config._attn_implementation,
+        "quantization": settings.loading.get("quantization"),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
+
+
+def _places(family: Family) -> dict[str, str]:
+    """Where each part of a model lies that was spread; transformers does not say it where all is in one place."""
+    places = getattr(family.model, "hf_device_map", {"": family.device})
+    return {name: str(where) for name, where in places.items()}
 
 
 def _budget(pruner: Pruner, given: dict[str, Any], ties: Any) -> tuple[Budget | None, Target | None]:

@@ -14,7 +14,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from rcb_lmms.engine.processes import gather, rank_and_size
+from rcb_lmms.engine.processes import gather, own_device, rank_and_size
 from rcb_lmms.engine.questions import Answer
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError, leave_with
@@ -53,9 +53,8 @@ class PrunedModel(lmms):
             arguments = _seeded(arguments)
             self.settings = resolve(self.family_name, self.method, arguments)
             loading = dict(self.settings.loading)
-            rank, size = rank_and_size()
-            if size > 1 and torch.cuda.is_available():
-                loading["device"] = f"cuda:{rank % torch.cuda.device_count()}"
+            if own := own_device():
+                loading["device"] = own
             self.family = load_family(**loading)
             codebook = getattr(self.settings.pruner, "codebook", None)
             if codebook is not None:
@@ -88,7 +87,7 @@ class PrunedModel(lmms):
         context = invocation.current_context()
         context.records.append(self.run)
         identity = {"model": self.run.model, "versions": self.run.versions, **self.run.resolved}
-        self.journal = Journal(context.answers, {**identity, "batch_size": None}, rank)
+        self.journal = Journal(context.answers, {**identity, "batch_size": None}, rank_and_size()[0])
         self.resumed = 0
 
     @classmethod

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rcb_lmms.pruners.base import Pruner
 
 # Not what an answer depends on, or said better by a hash of content.
-UNCOMPARED = ("pretrained", "codebook", "device", "batch_size")
+UNCOMPARED = ("pretrained", "codebook", "device", "device_map", "batch_size")
 
 
 def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = None) -> Golden:

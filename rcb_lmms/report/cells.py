@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # model_args that say where a model runs, not what it answers.
-PLACES = {"pretrained", "device", "dtype", "attn_implementation", "video_backend"}
+PLACES = {"pretrained", "device", "device_map", "dtype", "attn_implementation", "video_backend"}
 
 @dataclass(frozen=True)
 class Measured:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-_PLACES = ("pretrained", "codebook", "device", "dtype", "seed", "batch_size", "max_batch_size")
+_PLACES = ("pretrained", "codebook", "device", "device_map", "dtype", "seed", "batch_size", "max_batch_size")
 
 
 @dataclass(frozen=True)
