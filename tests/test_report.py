@@ -28,10 +28,12 @@ from rcb_lmms.files import answers_hash
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.report import drawing, pictures, statistics
 from rcb_lmms.report.collect import collect
+from rcb_lmms.report.field import beside_published, field_data, readable_published
 from rcb_lmms.report.plots import accuracy_plot
 from rcb_lmms.report.sheets import kept_of
 from rcb_lmms.report.summary import comparison_table, group, summary_table
 from rcb_lmms.report.tables import for_terminal, readable, write_tables
+from rcb_lmms.runs.configs import read_configs
 
 NATIVE = 144
 
@@ -731,3 +733,67 @@ def test_the_target_counts_every_view_of_a_question():
     assert run(calibrations=fitted, achieved=achieved).target == 16 * 3.5
     whole = run(calibrations=fitted, achieved=achieved, resolved={"pruner": {"budget": "tokens=16"}, "per": "image"})
     assert whole.target == 16
+
+
+def field_run(folder, method, correct, scores, keep=None, **record):
+    """A run of POPE and MME on LLaVA-1.5 7B, padded, with lmms-eval's own numbers of both."""
+    arguments = {"pretrained": "llava-hf/llava-1.5-7b-hf", "preprocess": "pad"} | ({"keep": str(keep)} if keep else {})
+    budget = {"budget": f"tokens={keep}" if keep else "None"}
+    own = {"family": "llava", "preprocess": "pad", "pruner": budget}
+    write_run(folder, method, correct, keep=keep, **{"arguments": arguments, "resolved": own} | record)
+    results = json.loads((folder / "results.json").read_text())
+    f1, perception, cognition = scores
+    results["results"]["pope"] |= {"pope_f1_score,none": f1}
+    results["results"]["mme"] |= {"mme_perception_score,none": perception, "mme_cognition_score,none": cognition}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_what_papers_print_stands_beside_the_rows_of_the_fields_table(tmp_path):
+    both = {"pope": answers(0.9), "mme": answers(0.8)}
+    field_run(tmp_path / "full", "none", both, (0.8, 1500.0, 300.0))
+    field_run(tmp_path / "divprune", "divprune", both, (0.76, 1350.0, 300.0), keep=64)
+    field_run(tmp_path / "random", "random", both, (0.7, 1200.0, 300.0), keep=64)
+    runs = collect(tmp_path)[0]
+    table = beside_published(runs)
+    assert table["method"].tolist() == ["divprune"] * 3
+    assert table["source"].str.contains("MMTok|EADP|RESTORE").all()
+    mmtok, eadp, restore = (row for _, row in table.iterrows())
+    # As printed by MMTok: 85.56 of 85.9, and 1674.4 of 1862, the sum of both parts of MME; EADP prints perception.
+    assert mmtok["pope_published"] == pytest.approx(100 * 85.56 / 85.9)
+    assert (mmtok["pope"], mmtok["mme"]) == (pytest.approx(95), pytest.approx(100 * 1650 / 1800))
+    assert mmtok["mme_published"] == pytest.approx(100 * 1674.4 / 1862)
+    assert (eadp["mme"], eadp["mme_published"]) == (pytest.approx(90), pytest.approx(100 * 1356.2 / 1513.4))
+    assert mmtok["mean"] == pytest.approx((95 + 100 * 1650 / 1800) / 2)
+    assert restore["gqa_published"] == pytest.approx(100 * 57.1 / 61.9)
+    assert table["gqa"].isna().all()
+    assert readable_published(table)["POPE F1"].tolist()[0] == "95.0 / 99.6"
+    write_tables(runs, [], tmp_path)
+    assert "| divprune | keep=64 |" in (tmp_path / "table.md").read_text().replace("   ", " ").replace("  ", " ")
+    assert "here / as published" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "published.csv").exists()
+
+
+def test_runs_of_other_models_have_nothing_published_beside_them(tmp_path, results):
+    assert not len(beside_published(collect(results)[0]))
+    other = {"resolved": {"family": "llava", "preprocess": "rcb", "pruner": {"budget": "tokens=64"}}}
+    both = {"pope": answers(0.9), "mme": answers(0.8)}
+    field_run(tmp_path / "own" / "full", "none", both, (0.8, 1500.0, 300.0), **other)
+    field_run(tmp_path / "own" / "divprune", "divprune", both, (0.7, 1400.0, 300.0), keep=64, **other)
+    assert not len(beside_published(collect(tmp_path / "own")[0]))
+
+
+def test_published_rows_are_whole_and_below_what_was_unpruned():
+    data, columns = field_data(), len(field_data()["columns"])
+    methods = [entry.model for keep in (192, 128, 64) for entry in read_configs([f"field_llava-1.5-7b_{keep}"])]
+    for table in data["tables"]:
+        for method, rows in table["rows"].items():
+            assert f"llava_{method}" in methods or method == "prumerge_plus"
+            for keep, row in rows.items():
+                assert keep in (192, 128, 64)
+                assert len(row) == columns
+                shares = [own / whole for own, whole in zip(row, table["unpruned"], strict=True) if own]
+                assert all(0.3 < share < 1.05 for share in shares), (table["source"], method, keep)
+        for rows in table["rows"].values():  # in every table the mean falls with the budget
+            pairs = [zip(row, table["unpruned"], strict=True) for row in rows.values()]
+            shares = [[own / whole for own, whole in row if own] for row in pairs]
+            assert [*map(np.mean, shares)] == sorted(map(np.mean, shares), reverse=True)

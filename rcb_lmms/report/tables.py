@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report.collect import Excluded, Measured, left_out
+from rcb_lmms.report.field import beside_published, readable_published
 from rcb_lmms.report.summary import comparison_table, summary_table, version_notes
 
 if TYPE_CHECKING:
@@ -122,8 +123,13 @@ answers that pruning loses and gains. Hard samples: accuracy on those that the u
 `downsample` at the same budget gets wrong (VTC-Bench's grouping)."""
 
 
+PUBLISHED = "In percent of the unpruned model of the same table, here / as published (rcb_lmms/report/field.yaml):"
+
+
 def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Path) -> pd.DataFrame:
     """Write `table.md`, `table.csv` and `comparisons.csv` to `out`; returns the summary table.
+
+    Runs of the field's common table get what papers print for them beside it, in `published.csv` too.
 
     Raises:
         UserError: runs that cannot share a table, or a folder that cannot be written.
@@ -132,6 +138,10 @@ def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Pa
     parts = [_markdown(readable(table)), LEGEND]
     if len(comparisons):
         parts += ["Against random pruning, task by task:", _markdown(readable_comparisons(comparisons))]
+    published = beside_published(runs)
+    if len(published):
+        parts += [PUBLISHED, _markdown(readable_published(published))]
+        write_atomic(out / "published.csv", published.to_csv(index=False, lineterminator="\n"))
     parts += version_notes((run.path, run.record) for run in runs)
     if excluded:
         parts += ["Left out:", "\n".join(f"- {line}" for line in left_out(excluded))]
