@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 
 # Before anything imports huggingface_hub, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -53,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"error::{category}:transformers")
     logging.getLogger("transformers").addHandler(_DeprecationsFail(level=logging.WARNING))
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need what is not here are deselected: a run says how many, and none is passed over as skipped."""
+    here = {"gpu": torch.cuda.is_available(), "flash_attn": find_spec("flash_attn") is not None}
+    wanted = {item: all(here.get(mark.name, True) for mark in item.iter_markers()) for item in items}
+    items[:] = [item for item, runs in wanted.items() if runs]
+    config.hook.pytest_deselected(items=[item for item, runs in wanted.items() if not runs])
 
 
 @pytest.fixture(autouse=True)
