@@ -36,7 +36,9 @@ RCB = [sys.executable, "-c", "from rcb_lmms.cli import main; main()"]
 def managers():
     """Making one takes seconds, and the tests' tasks ask every model alike."""
     shared = functools.cache(lambda: make_task_manager())
-    return lambda entry, include_path=None: shared() if include_path is None else make_task_manager(entry, include_path)
+    return lambda entry, include_path=None, tasks=(): (
+        shared() if include_path is None else make_task_manager(entry, include_path, tasks)
+    )
 
 
 @pytest.fixture

@@ -33,6 +33,20 @@ def task_manager(tmp_path_factory):
     return manager
 
 
+def test_only_the_files_of_the_tasks_that_are_asked_for_are_read(task_manager, tmp_path):
+    names = ("pope", "mme", "mmbench_en_dev", "mvbench", "rcb_paper")
+    own = make_task_manager(tasks=names)
+    members = [name for name in own.all_tasks if name.startswith("mvbench_")]
+    assert len(members) == 20
+    for name in (*names, *members, *TASKS):
+        assert own.task_index[name] == task_manager.task_index[name]
+    assert len(own.all_tasks) < 100 < len(task_manager.all_tasks)
+    (tmp_path / "mine.yaml").write_text("task: mine\ninclude: none\n")
+    (tmp_path / "none").write_text("output_type: generate_until\n")
+    assert make_task_manager(include_path=tmp_path, tasks=["mine", "pope"]).task_index["mine"]["type"] == "task"
+    assert len(make_task_manager(tasks=["pope", "mm*"]).all_tasks) > 1000  # a pattern means any of them
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return task_trees.write_all(tmp_path_factory.mktemp("tasks"))

@@ -65,8 +65,9 @@ def calibrate(
         from rcb_lmms.runs.tasks import make_task_manager
 
         def benchmarks():
-            manager = make_task_manager(entry_id(family_of(model), "rcb"), include_path)
-            return load_benchmarks(tasks.split(","), manager)
+            names = tasks.split(",")
+            manager = make_task_manager(entry_id(family_of(model), "rcb"), include_path, names)
+            return load_benchmarks(names, manager)
 
         lines = over_tasks(model, benchmarks, keep, match, out, holdout=holdout, **loading)
     for line in lines:

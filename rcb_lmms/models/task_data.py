@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,17 @@ def failure(tasks: str, error: Exception) -> UserError | None:
 
 def _data_sets(names: Iterable[str], include_path: str | Sequence[str]) -> list[tuple[str, str, str]]:
     """Task, data set and configuration of every task that names and groups stand for."""
+    return [
+        (name, content["dataset_path"], str(content.get("dataset_name") or "default"))
+        for name, _, content in task_configs(names, include_path)
+        if content.get("task") == name and isinstance(content.get("dataset_path"), str)
+    ]
+
+
+def task_configs(
+    names: Iterable[str], include_path: str | Sequence[str] = ()
+) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Name, file and content of every group and task that names stand for, what files include taken in."""
     import yaml
 
     class Plain(yaml.SafeLoader):
@@ -104,7 +115,7 @@ def _data_sets(names: Iterable[str], include_path: str | Sequence[str]) -> list[
         return {**base, **content}
 
     texts = task_files(include_path)
-    found, todo, seen = [], [*names], set()
+    todo, seen = [*names], set()
     while todo:
         name = todo.pop()
         if name in seen or not isinstance(name, str):
@@ -114,9 +125,9 @@ def _data_sets(names: Iterable[str], include_path: str | Sequence[str]) -> list[
             content = read(file)
             if content.get("group") == name and isinstance(content.get("task"), list):
                 todo += [task.get("task") if isinstance(task, dict) else task for task in content["task"]]
-            elif content.get("task") == name and isinstance(content.get("dataset_path"), str):
-                found.append((name, content["dataset_path"], str(content.get("dataset_name") or "default")))
-    return found
+                yield name, file, content
+            elif content.get("task") == name:
+                yield name, file, content
 
 
 def _check_folder(task: str, folder: Path, config: str) -> None:

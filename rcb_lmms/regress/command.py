@@ -27,7 +27,8 @@ def record(path: Path, names: list[str] | None = None, manager: Any = None) -> l
     written = []
     with _data(declaration):
         for case in declaration.chosen(names):
-            golden = observe(_absolute(case), manager := manager or _manager(), declaration.batch_size)
+            manager = manager or _manager(declaration)
+            golden = observe(_absolute(case), manager, declaration.batch_size)
             written.append(golden.write(case.golden))
             print(f"recorded {case.name}: {len(golden.samples)} samples, {case.golden}", flush=True)
     return written
@@ -50,7 +51,8 @@ def check(path: Path, names: list[str] | None = None, manager: Any = None) -> in
             try:
                 golden = Golden.read(case.golden)
                 golden.check_declared(case, compared_arguments(case.model_args))
-                now = observe(_absolute(case), manager := manager or _manager(), declaration.batch_size, golden)
+                manager = manager or _manager(declaration)
+                now = observe(_absolute(case), manager, declaration.batch_size, golden)
                 report = compare(golden, now, declaration.tolerance)
             except UserError as error:
                 refused.append(case.name)
@@ -70,10 +72,10 @@ def describe(report: Report) -> str:
     return "\n".join(lines + [_indented(f"(note) {note}") for note in report.notes])
 
 
-def _manager() -> Any:
+def _manager(declaration: Declaration) -> Any:
     from rcb_lmms.runs.tasks import make_task_manager
 
-    return make_task_manager()
+    return make_task_manager(tasks=[task for case in declaration.cases.values() for task in case.subsets])
 
 
 def _absolute(case: Case) -> Case:

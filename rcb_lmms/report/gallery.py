@@ -236,16 +236,16 @@ def _load(task: str, folder: Path) -> Any:
 
     with working_directory(folder):
         try:
-            return tasks.get_task_dict([task], _manager(), "chat")[task]
+            return tasks.get_task_dict([task], _manager(task), "chat")[task]
         except Exception as error:  # whatever a data set raises; the report is written without its images
             raise NoPictures(f"the data set of {task} in {folder}: {type(error).__name__} {error}"[:300]) from error
 
 
 @functools.cache
-def _manager() -> Any:
+def _manager(task: str) -> Any:
     from rcb_lmms.runs.tasks import make_task_manager
 
-    return make_task_manager()
+    return make_task_manager(tasks=[task])
 
 
 def _cached(source: str) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def evaluate(
         entries = [replace(entry, include_path=str(include_path)) for entry in entries]
     for folder in {entry.include_path for entry in entries if entry.include_path}:
         _check_folder(folder)
-    managers = functools.cache(make_task_manager)
+    managers = functools.cache(make_task_manager)  # of each entry, since prompts may depend on the model
     asked: dict[str | None, list[str]] = {}
     for entry in entries:
         if not _done(run_folder(results, entry, limit)):
@@ -70,7 +70,9 @@ def evaluate(
         print(f"[{number:>{len(str(len(entries)))}}/{len(entries)}] {entry.name} {entry.task} ", end="", flush=True)
         began, folder = time.perf_counter(), run_folder(results, entry, limit)
         try:
-            fresh = _run(entry, folder, for_checkpoint(entry, pretrained), limit, managers)
+            tasks = tuple(asked.get(entry.include_path, ()))
+            needed = functools.partial(managers, entry.model, entry.include_path, tasks)
+            fresh = _run(entry, folder, for_checkpoint(entry, pretrained), limit, needed)
             spent += [time.perf_counter() - began] if fresh else []
             print(_told(spent, len(entries) - number) if fresh else "done before", flush=True)
         except Exception as error:  # whatever a data set, a model or a scorer raises; run.json has it in full
@@ -111,7 +113,7 @@ def _places(include_path: str | None) -> list[str]:
     return [include_path] if include_path else []
 
 
-def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | None, managers: Any) -> bool:
+def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | None, manager: Callable[[], Any]) -> bool:
     """Whether the run was made now."""
     with locked(folder):
         done = _done(folder)
@@ -131,7 +133,6 @@ def _run(entry: Entry, folder: Path, arguments: dict[str, str], limit: int | Non
             folder,
             batch_size=entry.batch_size,
             limit=limit,
-            # Prompts may depend on the model, so managers are shared between runs of one entry only.
-            task_manager=None if done else managers(entry.model, entry.include_path),
+            task_manager=None if done else manager(),
         )
     return not done

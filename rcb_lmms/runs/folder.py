@@ -102,7 +102,7 @@ def _evaluate(
 
     from rcb_lmms.models.task_data import failure
 
-    task_manager = task_manager or make_task_manager()
+    task_manager = task_manager or make_task_manager(tasks=tasks)
     # Tasks choose their words by the entry: a manager that served another one would ask in that one's.
     task_manager.model_name = entry
     try:

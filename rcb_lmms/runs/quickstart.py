@@ -170,7 +170,7 @@ def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
                 print("done before")
             began = time.perf_counter()
             with locked(runs / step.name):
-                manager = manager or (None if done else make_task_manager())
+                manager = manager or (None if done else make_task_manager(tasks=TASKS))
                 try:
                     run_evaluation(
                         step.entry,
