@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from slow import slow_dpc, softmax
@@ -391,6 +392,32 @@ build(FakeFamily(calls_to_live=23), {list(map(str, images))!r}, {str(out)!r}, SE
     build(family, images, out, SETTINGS, batch_size=4, progress=False)
     assert family.calls == 18
     assert out.read_bytes() == finished.read_bytes()
+
+
+def test_two_processes_build_the_bytes_of_one(tmp_path, images, finished):
+    """As on machines that share no disk: the first one saves the codebook, both have all statistics."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port(), "OMP_NUM_THREADS": "1"}
+    outs = [tmp_path / str(rank) / finished.name for rank in (0, 1)]
+    code = """
+import sys
+from test_codebook_build import FakeFamily, SETTINGS, build
+made = build(family := FakeFamily(), sys.argv[2:], sys.argv[1], SETTINGS, batch_size=4, progress=False)
+print(family.calls, made.sha256)
+"""
+    running = []
+    for rank, out in enumerate(outs):
+        own = {**os.environ, **shared, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        command = [sys.executable, "-c", code, str(out), *map(str, images)]
+        running.append(subprocess.Popen(command, env=own | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[0].split() for process in running]
+    assert said == [["18", Codebook.load(finished).sha256]] * 2  # nine calls for each of two images
+    assert outs[0].read_bytes() == finished.read_bytes()
+    assert not outs[1].exists()
+    for out in outs:
+        for number in range(4):
+            name = f"{number:06d}.safetensors"
+            mine, one = (Path(f"{own}.stats") / name for own in (out, finished))
+            assert mine.read_bytes() == one.read_bytes()
 
 
 def test_thresholds_change_without_the_model(tmp_path, finished):

@@ -33,9 +33,10 @@ def codebook_build(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Make a codebook from images. Killed at any moment, the same command continues."""
+    """Make a codebook from images. Killed at any moment, the same command continues; torchrun's processes share it."""
     from rcb_lmms.codebook import Codebook, build
     from rcb_lmms.codebook.listing import images_of
+    from rcb_lmms.engine.processes import own_device, rank_and_size
     from rcb_lmms.families import load_family
 
     settings = settings_of(model, preset, setting)
@@ -46,10 +47,12 @@ def codebook_build(
         made.save(out)
     else:
         paths = images_of(images, listing, limit)
-        family = load_family(model, preprocess=preprocess, template=template, device=device, dtype=dtype)
+        own = device or own_device()
+        family = load_family(model, preprocess=preprocess, template=template, device=own, dtype=dtype)
         made = build.build(family, paths, out, settings, batch_size=batch_size, extend=base)
-    typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
-    typer.echo(f"next: rcb codebook show {out}")
+    if rank_and_size()[0] == 0:
+        typer.echo(f"wrote {out}: {len(made)} prototypes, sha256 {made.sha256[:12]}")
+        typer.echo(f"next: rcb codebook show {out}")
 
 
 @codebook_app.command("merge")

@@ -15,6 +15,7 @@ from rcb_lmms.codebook.artefact import Codebook
 from rcb_lmms.codebook.probe import ImageStatistics, measure
 from rcb_lmms.codebook.select import Candidates, candidates, common_clusters, describe_funnel, join
 from rcb_lmms.codebook.settings import BuildSettings
+from rcb_lmms.engine.processes import gather, join_processes
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import sha256_of, write_atomic
 from rcb_lmms.resources import source_version
@@ -39,7 +40,8 @@ def build(
     """Make a codebook from images and save it.
 
     Each image's statistics are written when they are complete; after a kill the same command goes on behind the last
-    one and ends with the same bytes.
+    one and ends with the same bytes. Several processes, as torchrun or accelerate start them, take turns at the images;
+    all of them return the codebook, and the first one saves it.
 
     Args:
         family: the model the codebook is for.
@@ -56,17 +58,30 @@ def build(
     """
     stats = Path(workdir or f"{out}.stats")
     names = [Path(image) for image in images]
+    rank, size = join_processes()
     _open_manifest(stats, _manifest(family, names, settings))
-    todo = [number for number in range(len(names)) if not _shard(stats, number).exists()]
-    bar = tqdm(todo, "probing", len(names), initial=len(names) - len(todo), unit="image", disable=not progress)
-    for number in bar:
+    share = range(len(names))[rank::size]
+    todo = [number for number in share if not _shard(stats, number).exists()]
+    hidden = rank > 0 or not progress
+    for number in tqdm(todo, "probing", len(share), initial=len(share) - len(todo), unit="image", disable=hidden):
         view = family.encode([family.open(names[number], "base")], family.provides & {"cls_similarity"})[0][0]
         write_atomic(_shard(stats, number), measure(family, view, settings, batch_size).to_bytes())
+    _exchange(stats, share, len(names))
     codebook = threshold(stats, settings, name=Path(out).stem)
     if extend is not None:
         codebook = extend.merge([codebook], name=Path(out).stem)
-    codebook.save(out)
+    if rank == 0:
+        codebook.save(out)
     return codebook
+
+
+def _exchange(stats: Path, share: Sequence[int], images: int) -> None:
+    """Wait for all processes; what one of them cannot find, since they have no disk in common, the others send."""
+    gather(None)
+    unseen = set().union(*gather([number for number in range(images) if not _shard(stats, number).exists()]))
+    for sent in gather({number: _shard(stats, number).read_bytes() for number in share if number in unseen}):
+        for number, content in sent.items():
+            write_atomic(_shard(stats, number), content)
 
 
 def read_candidates(
