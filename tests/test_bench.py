@@ -243,6 +243,15 @@ def test_a_table_has_medians_formulas_and_bytes_of_one_question(family):
     assert [len(own["seconds"]) for own in facts["samples"]] == [2] * 10
 
 
+def test_a_budget_that_a_method_cannot_meet_costs_the_others_nothing(family):
+    chosen = [(name, make_pruner(name, budget=Budget.tokens(3))) for name in ("random", "pyramiddrop")]
+    table, facts = bench(family, chosen, [tiny.random_image(0)], new_tokens=1, batch_size=1, repeats=1)
+    assert table["method"].tolist() == ["random"]
+    (left_out,) = facts["left_out"]
+    assert (left_out["method"], left_out["budget"]) == ("pyramiddrop", "tokens=3")
+    assert "none of its shares" in left_out["reason"]
+
+
 def test_a_batch_that_this_machine_cannot_hold_is_said(family, monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError("full")

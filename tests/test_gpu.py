@@ -90,7 +90,7 @@ def test_half_precision_is_finite_and_near_float32(device, dtype, record_propert
     assert found.isfinite().all()
     record_property("drift", off := drift(found, expected))
     assert off < {"bfloat16": 0.2, "float16": 0.02}[dtype]
-    for name in METHODS:
+    for name in METHODS if device == "cuda" else ("rcb", "fastv"):
         equal = [a == b for a, b in zip(answers(half, name), answers(whole, name), strict=True)]
         assert sum(equal) >= len(equal) - 1, name
 

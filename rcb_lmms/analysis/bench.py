@@ -19,7 +19,7 @@ from rcb_lmms.cost import DecoderShape, projector_flops, tower_flops
 from rcb_lmms.engine.clock import STAGES
 from rcb_lmms.engine.questions import Question
 from rcb_lmms.engine.session import Session
-from rcb_lmms.errors import UserError
+from rcb_lmms.errors import BudgetError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rcb_lmms.pruners.base import Pruner
 
 QUESTION = "What does this image show?"
-# A batch is large enough when twice the size answers less than this much faster.
-SATURATED = 1.05
+# A batch is large enough when one four times as large answers less than this much faster.
+SATURATED = 1.1
 MOST = 64
 
 
@@ -43,6 +43,7 @@ class Case:
         spent: seconds a question by stage, with `total` and the processor's `cpu`; one entry a repeat.
         peak: bytes above the weights.
         answer: one of its answers, for its ledger.
+        problem: why it stands in no table: a budget that the method cannot meet on this model.
     """
 
     label: str
@@ -51,6 +52,12 @@ class Case:
     spent: list[dict[str, float]] = field(default_factory=list)
     peak: int = 0
     answer: Answer | None = None
+    problem: str | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Its row's name."""
+        return {"method": self.label, "budget": str(self.pruner.budget or ""), "batch": self.batch}
 
     def median(self, name: str) -> float:
         """Seconds of a stage."""
@@ -85,7 +92,7 @@ def bench(
         pruners: methods with their budgets, and what the table calls them.
         images: opened or files, at least as many as a batch has questions.
         new_tokens: length of every answer: no token ends one.
-        batch_size: the saturated batch; by default each method's is doubled until that no longer pays.
+        batch_size: the saturated batch; by default each method's grows by fours until that no longer pays.
         repeats: that count.
 
     Raises:
@@ -102,32 +109,39 @@ def bench(
         rounds = [(repeat, case) for repeat in range(repeats + 1) for case in cases]
         for repeat, case in tqdm(rounds, "measurements", unit="run"):
             chosen = [images[(repeat + number) % len(images)] for number in range(case.batch)]
-            if repeat:
+            if not repeat:
+                _warm_up(family, case, chosen, new_tokens)
+            elif case.problem is None:
                 case.spent.append(_run(family, case, chosen, new_tokens))
-                continue
-            with peak_bytes(family.device) as found:
-                _run(family, case, chosen, new_tokens)
-            case.peak = found[0]
-        rows = [_row(family, case, images[0], new_tokens, roof) for case in cases]
-    facts = {
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "question": QUESTION,
-        "attention": {"language model": _attention(family.model.config.get_text_config()),
-                      "vision tower": _attention(family.model.config.vision_config)},
+        measured = [case for case in cases if case.problem is None]
+        rows = [_row(family, case, images[0], new_tokens, roof) for case in measured]
+    given = {"question": QUESTION, "new_tokens": new_tokens, "repeats": repeats}
+    return pd.DataFrame(rows), given | _facts(family, cases) | {"matmul_tflops_per_second": roof / 1e12}
+
+
+def _facts(family: Family, cases: Sequence[Case]) -> dict[str, Any]:
+    """What a table does not say, and all samples."""
+    books = [own.pruner.codebook for own in cases if getattr(own.pruner, "codebook", None) is not None]
+    config = family.model.config
+    parts = {"language model": config.get_text_config(), "vision tower": config.vision_config}
+    return {
+        "attention": {name: str(own._attn_implementation) for name, own in parts.items()},
         "dtype": str(family.dtype).removeprefix("torch."),
-        "matmul_tflops_per_second": roof / 1e12,
         "weights_mb": sum(own.nbytes for own in family.model.parameters()) / 1e6,
-        "codebook_mb": max((own.pruner.codebook.normalized().nbytes / 1e6 for own in cases
-                            if getattr(own.pruner, "codebook", None) is not None), default=None),
-        "samples": [{"method": own.label, "budget": str(own.pruner.budget or ""), "batch": own.batch,
-                     "seconds": own.spent} for own in cases],
-    }  # fmt: skip
-    return pd.DataFrame(rows), facts
+        "codebook_mb": books[0].normalized().nbytes / 1e6 if books else None,
+        "left_out": [own.named | {"reason": own.problem} for own in cases if own.problem is not None],
+        "samples": [own.named | {"seconds": own.spent} for own in cases if own.problem is None],
+    }
 
 
-def _attention(config: Any) -> str:
-    return str(config._attn_implementation)
+def _warm_up(family: Family, case: Case, images: Sequence[Any], new_tokens: int) -> None:
+    """Run a case once, and note its memory or why it cannot be run."""
+    try:
+        with peak_bytes(family.device) as found:
+            _run(family, case, images, new_tokens)
+        case.peak = found[0]
+    except BudgetError as error:
+        case.problem = f"{error.wanted}: {error.found}"
 
 
 def matmul_flops(family: Family, repeats: int = 5) -> float:
@@ -178,17 +192,16 @@ def _run(family: Family, case: Case, images: Sequence[Any], new_tokens: int) -> 
 
 
 def _saturated(family: Family, pruner: Pruner, images: Sequence[Any], new_tokens: int) -> int:
-    """Questions in a batch from which twice as many are answered hardly faster, each."""
+    """Questions in a batch from which four times as many are answered hardly faster, each."""
     size, fastest = 1, float("inf")
-    while 2 * size <= min(MOST, len(images)):
+    while 4 * size <= min(MOST, len(images)):
         try:
-            case = Case(pruner.name, pruner, 2 * size)
-            spent = [_run(family, case, images[: 2 * size], new_tokens) for _ in range(2)]
+            spent = _run(family, Case(pruner.name, pruner, 4 * size), images[: 4 * size], new_tokens)["total"]
         except UserError:
             return size
-        if fastest < SATURATED * (own := spent[1]["total"]):
+        if fastest < SATURATED * spent:
             return size
-        size, fastest = 2 * size, own
+        size, fastest = 4 * size, spent
     return size
 
 
@@ -213,9 +226,7 @@ def _row(family: Family, case: Case, image: Any, new_tokens: int, roof: float) -
     }
     itemsize = family.dtype.itemsize
     return {
-        "method": case.label,
-        "budget": str(pruner.budget or ""),
-        "batch": case.batch,
+        **case.named,
         "visual_tokens": own.visual_native,
         "kept": own.visual_kept,
         "layer_average": own.visual_layer_average,

@@ -37,7 +37,7 @@ def bench(
     images: Annotated[Path | None, typer.Option(help="Folder of images; by default laboratory scenes.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Length of every answer.", min=1)] = 16,
     batch_size: Annotated[
-        int | None, typer.Option(help="The larger batch; by default doubled until that no longer pays.", min=1)
+        int | None, typer.Option(help="The larger batch; by default grown by fours until that no longer pays.", min=1)
     ] = None,
     repeats: Annotated[int, typer.Option(help="That count, after one that warms up.", min=1)] = 5,
     layers: Annotated[int | None, typer.Option(help="Of the shape's decoder, if not all.", min=1)] = None,
@@ -63,6 +63,8 @@ def bench(
     write_table(table, out, made | {"made_by": source_version()} | facts)
     for columns in (SECONDS, COSTS):
         typer.echo(table[list(columns)].to_string(index=False, float_format="{:.3g}".format) + "\n")
+    for own in facts["left_out"]:
+        typer.echo(f"left out: {own['method']}: {own['reason']}")
     typer.echo(
         f"{family.pretrained}, {facts['dtype']} on {family.device}, attention {facts['attention']['language model']}; "
         f"answers of {new_tokens} tokens; medians of {repeats}, spread is the middle half; a large matmul reaches "
