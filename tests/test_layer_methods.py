@@ -15,6 +15,7 @@ from rcb_lmms.engine.generation import prune_prompts
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.schedules import layers_of, mean_tokens
+from rcb_lmms.pruners.sparsevlm import merge
 from rcb_lmms.pruners.tokens import PromptSizes
 
 LAYERS, WIDTH, SPAN = 4, 32, (3, 27)
@@ -186,12 +187,13 @@ def sparsevlm(steps, version, embeds):
     return prune
 
 
-def clustered(states, count):
+def clustered(states, count, noise=None):
+    """Means of clusters, as released; `noise` is drawn there, and here by default the order of the tokens."""
     distances = [[float((a - b).norm()) / math.sqrt(states.shape[1]) for b in states] for a in states]
     n = len(states)
+    noise = noise or [1 - i / max(1, n - 1) for i in range(n)]
     density = [
-        math.exp(-sum(d * d for d in sorted(row)[:count]) / count) + 1e-6 * (1 - i / max(1, n - 1))
-        for i, row in enumerate(distances)
+        math.exp(-sum(d * d for d in sorted(row)[:count]) / count) + 1e-6 * noise[i] for i, row in enumerate(distances)
     ]
     most = max(map(max, distances))
     gap = [
@@ -202,6 +204,21 @@ def clustered(states, count):
     for i in range(n):
         groups[min(range(count), key=lambda c: -1 if centres[c] == i else distances[i][centres[c]])].append(states[i])
     return torch.stack([torch.stack(group).sum(0) / (len(group) + 1e-6) for group in groups])
+
+
+def test_the_order_of_tokens_stands_for_one_of_the_draws_of_the_released_noise():
+    generator = torch.Generator().manual_seed(3)
+    draws = [torch.rand(16, generator=generator).tolist() for _ in range(12)]
+    same = {2: [], 3: [], 5: []}
+    for count, found in same.items():
+        for noise in draws:
+            states = torch.randn(16, 8, generator=generator)
+            made = merge(states, count)
+            torch.testing.assert_close(made, clustered(states, count), atol=1e-5, rtol=1e-4)
+            found.append(torch.allclose(made, clustered(states, count, noise), atol=1e-5, rtol=1e-4))
+    # With two clusters the densest tokens are each other's neighbours, and the noise decides which one leads.
+    assert 2 <= sum(same[2]) < len(draws)
+    assert all(same[3] + same[5])
 
 
 CASES = {
@@ -339,6 +356,33 @@ def test_schedules_that_cannot_be_met_are_refused():
             processed("pyramiddrop", 200, layers=layers)
     with pytest.raises(UserError, match="4 pivots"):
         processed("dart", 3, preset="paper")
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "found"),
+    [("sparsevlm", 0, "no text behind the image"), ("dart", 3, "3 tokens behind the image")],
+)
+def test_a_question_too_short_for_the_method_is_refused(method, text, found, tiny_llama):
+    pruner, length = make_pruner(method, budget=Budget.tokens(12)), SPAN[1] + text
+    steps = [pruner.schedule(SPAN[1] - SPAN[0], LAYERS)]
+    embeds = torch.randn(1, length, WIDTH)
+    with (
+        pytest.raises(UserError, match=found),
+        torch.inference_mode(),
+        prune_prompts(tiny_llama, pruner, steps, [[SPAN]]),
+    ):
+        tiny_llama(inputs_embeds=embeds, attention_mask=torch.ones(1, length, dtype=torch.long))
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "v2drop", "dart", "sparsevlm"])
+def test_identical_tokens_are_pruned_like_others(method, tiny_llama):
+    pruner = make_pruner(method, budget=Budget.tokens(12))
+    steps = pruner.schedule(SPAN[1] - SPAN[0], LAYERS)
+    embeds = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(2)).repeat(1, LENGTHS[0], 1)
+    with torch.inference_mode(), prune_prompts(tiny_llama, pruner, [steps], [[SPAN]]) as pruning:
+        logits = tiny_llama(inputs_embeds=embeds, attention_mask=torch.ones(1, LENGTHS[0], dtype=torch.long)).logits
+    assert logits.isfinite().all()
+    assert [len(step.slots[0]) for step in pruning.steps] == [step.keep for step in steps]
 
 
 def test_layers_keep_their_share_of_another_depth():

@@ -340,6 +340,14 @@ def test_a_video_is_seen_as_a_whole_whatever_the_budget_is_spent_on(name, per, e
     assert [int(index) for index in found] == expected.kept.tolist()
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if PRUNERS[name].stage == "view" and name != "none"])
+def test_identical_tokens_are_as_many_as_were_asked_for(name):
+    view = make_view(24, grid=(4, 6))
+    rows = {name: own for name, own in vars(view).items() if isinstance(own, torch.Tensor)}
+    alike = replace(view, frames=4, **{name: own[:1].expand_as(own) for name, own in rows.items()})
+    assert len(make(name, Budget.tokens(12)).choose(alike, "What is it?")) == 12
+
+
 # What choosing costs
 
 

@@ -32,6 +32,10 @@ class VisionZip(ByAttention):
 
     Ours:
         Tiles are packed view by view. Without a CLS token (`attention=received`) its place goes to one more patch.
+        The frames of a video are refused where they are pooled (LLaVA-OneVision), for that happens behind the
+        projector, and merging in front of it: what is merged has no grid to be pooled on; patches pooled and merged in
+        front would be other tokens than the model's own, since the projector is not linear; and merging behind it is
+        another method.
 
     Attributes:
         contextual: contextual tokens; 0 takes the share of the paper's budgets, 10 of 64, rounded, at least one.
