@@ -13,13 +13,17 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def own_device() -> str | None:
-    """The GPU of this process among those of its machine; `None` for a process alone, and where there is none."""
+def own_device(gpus: int = 1) -> str | None:
+    """The GPU of this process among those of its machine; `None` for a process alone, and where there is none.
+
+    It is the first of as many as each process has.
+    """
     import torch
 
     if rank_and_size()[1] == 1 or not torch.cuda.is_available():
         return None
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % torch.cuda.device_count()}"
+    rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    return f"cuda:{rank * gpus % torch.cuda.device_count()}"
 
 
 def join_processes() -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.cost import DecoderShape
 from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.engines import Engine, check_engine, start_engine
 from rcb_lmms.engine.generation import (
     Generated,
     among_visual,
@@ -24,7 +25,7 @@ from rcb_lmms.engine.options import Generation, shares_prefix
 from rcb_lmms.engine.prefix import PrefixCache
 from rcb_lmms.engine.prompts import Prompts, Ready
 from rcb_lmms.engine.questions import Answer, Question, Trace, said
-from rcb_lmms.errors import BudgetError, UserError
+from rcb_lmms.errors import BudgetError
 from rcb_lmms.families.clip import space_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Session:
     Args:
         family: a loaded model (`rcb_lmms.families.load_family`).
         pruner: the method, fitted if its budget is a mean.
-        engine: `auto` or `transformers`, in this process.
+        engine: `auto` or `transformers`, which answer in this process; `vllm`, which is started beside it with its own
+            language model, for methods before that; or an engine that runs.
         batch_size: questions per forward pass; halved for good when memory runs out.
         per: `view` or `image`: what the budget is spent on.
         positions: `contiguous` numbers what stays; `original` leaves every token of the prompt and the answer at the
@@ -60,7 +62,7 @@ class Session:
         family: Family,
         pruner: Pruner,
         *,
-        engine: str = "auto",
+        engine: str | Engine = "auto",
         batch_size: int = 8,
         per: str = "view",
         positions: str = "contiguous",
@@ -68,19 +70,14 @@ class Session:
         seed: int = 0,
         encoder: ImageEncoder | None = None,
     ):
-        if engine not in ("auto", "transformers"):
-            raise UserError(
-                wanted=f"engine={engine}",
-                found="no such engine",
-                allowed="auto, transformers",
-                next_step="engine=auto",
-            )
+        check_engine(engine if isinstance(engine, str) else "vllm", pruner, positions)
         self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
         space_of(family, pruner)  # refused here rather than at every question
         self.prefixes = PrefixCache(family, prefix_cache == "on") if shares_prefix(pruner, prefix_cache) else None
         self.prefix_cache, self.positions = prefix_cache, positions
         self.encoder = encoder or ImageEncoder(family, pruner.needs, per=per)
         self.shape = DecoderShape.of(family.model.config)
+        self.engine = start_engine(engine, family, prefix_cache) if isinstance(engine, str) else engine
         self.prompts = Prompts(family, self.encoder, pruner, positions)
 
     @property
@@ -92,7 +89,8 @@ class Session:
         """Another method on the same model and the same encoded images."""
         self.encoder.add_needs(pruner.needs)
         own = ("batch_size", "per", "positions", "prefix_cache", "seed", "encoder")
-        return Session(self.family, pruner, **{name: getattr(self, name) for name in own})
+        options = {name: getattr(self, name) for name in own}
+        return Session(self.family, pruner, engine=self.engine or "transformers", **options)
 
     def answer(self, questions: Sequence[Question], **generation: Any) -> list[Answer]:
         """Answer questions, in their order.
@@ -111,9 +109,12 @@ class Session:
 
     def stream(self, questions: Sequence[Question], generation: Generation) -> Iterator[tuple[int, Answer]]:
         """Answers with the index of their question, as they come: batch by batch, each window sorted by length."""
+        if self.engine is not None:
+            self.engine.check(generation)
         begin = 0
         while begin < len(questions):
-            window = dict(enumerate(questions[begin : begin + WINDOW_BATCHES * self.batch_size], begin))
+            size = WINDOW_BATCHES * self.batch_size if self.engine is None else self.engine.window
+            window = dict(enumerate(questions[begin : begin + size], begin))
             begin += len(window)
             clock = self.encoder.clock
             before = clock.before_prefill()
@@ -124,7 +125,13 @@ class Session:
                 yield from self._generate(batch, window, generation).items()
 
     def _batches(self, ready: list[Ready], generation: Generation) -> Iterator[list[Ready]]:
-        """Prompts of like lengths together; those that share their beginnings apart from those that do not."""
+        """Prompts of like lengths together; those that share their beginnings apart from those that do not.
+
+        An engine makes batches itself.
+        """
+        if self.engine is not None:
+            yield from [ready] if ready else []
+            return
         names = [own.prompt.prefix_name for own in ready]
         # transformers does not spread a given cache over beams.
         sharing = self.prefixes.shared(names) if self.prefixes and not generation.beams else set()
@@ -145,13 +152,18 @@ class Session:
         """Answers of one batch; halved where it fails, until it fits or the failing question stands alone."""
         import torch
 
+        seeds = [window[ready.indices[0]].draw_seed for ready in batch]
         if generation.sampled:
-            torch.manual_seed(window[batch[0].indices[0]].draw_seed)
+            torch.manual_seed(seeds[0])
         prompts = [ready.prompt for ready in batch]
         prefixes = self.prefixes if batch[0].shared else None
         try:
             with self.encoder.clock.timed("decode"):
-                generated = generate(self.family, prompts, dict(generation.options), self.pruner, self.per, prefixes)
+                if self.engine is not None:
+                    generated = self.engine.generate(prompts, generation, seeds)
+                else:
+                    options = dict(generation.options)
+                    generated = generate(self.family, prompts, options, self.pruner, self.per, prefixes)
         except BudgetError:
             raise
         except Exception as error:

@@ -107,6 +107,11 @@ class Family(ABC):
         return self.model.config.get_text_config().num_hidden_layers
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether the decoder layers were loaded; without them an engine beside the model answers."""
+        return len(self.model.model.language_model.layers) > 0
+
+    @property
     def width(self) -> int:
         """Width `d` of the language model's embeddings."""
         return self.model.config.get_text_config().hidden_size

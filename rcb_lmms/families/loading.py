@@ -13,7 +13,7 @@ from rcb_lmms.families.identity import fingerprint
 from rcb_lmms.families.original import Original, empty_model, find_original, load_original
 from rcb_lmms.families.registry import FAMILIES, default_split, default_template, family_class
 from rcb_lmms.families.video import VideoReader
-from rcb_lmms.families.weights import DTYPES, check_finite, check_report, told
+from rcb_lmms.families.weights import DECODER_LAYER, DTYPES, check_finite, check_report, told
 from rcb_lmms.lab.checkpoint import is_lab, lab_checkpoint
 
 
@@ -23,7 +23,7 @@ def family_of(pretrained: str) -> str:
     Raises:
         UserError: no such checkpoint, or one of another architecture.
     """
-    return _recognise(_locate(pretrained, "llava"), None)[0].name
+    return _recognise(locate(pretrained, "llava"), None)[0].name
 
 
 def load_family(
@@ -40,6 +40,7 @@ def load_family(
     video_backend: str = "pyav",
     max_frames_num: int = 16,
     weights: bool = True,
+    decoder: bool = True,
     **own: Any,
 ) -> Family:
     """Load a checkpoint as its family.
@@ -60,13 +61,14 @@ def load_family(
         max_frames_num: frames of a video.
         weights: without them, a family of any size opens images and says where its tokens lie in a second, but cannot
             encode or answer.
+        decoder: without it, the language model has its embeddings alone, for an engine beside it that answers.
         own: options that only this family has (`Family.options`).
 
     Raises:
         UserError: no such checkpoint, another architecture, weights that are not whole, or an unknown choice.
     """
     pretrained = str(pretrained)
-    place = _locate(pretrained, family or "llava")
+    place = locate(pretrained, family or "llava")
     check_placement(device, device_map, quantization)
     device = chosen_device(device)
     check_attention(attn_implementation)
@@ -85,7 +87,7 @@ def load_family(
         with told(pretrained):
             model, processor = load_original(original, device=device, **loading)
     else:
-        model, processor = _load_converted(place, device, {**loading, **spread})
+        model, processor = _load_converted(place, device, {**loading, **spread}, decoder)
     if weights:
         check_kernels(quantization, device, model.config.get_text_config().hidden_size)
         check_finite(own_weights(model), pretrained)
@@ -104,7 +106,7 @@ def load_family(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """What somebody called a checkpoint, and the folder or hub id it stands for, with options of loading."""
 
     name: str
@@ -112,16 +114,17 @@ class _Place:
     options: dict[str, str] = field(default_factory=dict)
 
 
-def _locate(pretrained: str, family: str) -> _Place:
+def locate(pretrained: str, family: str) -> Place:
+    """What `pretrained` stands for; `lab` alone is that of `family`."""
     if is_lab(pretrained):
-        return _Place(pretrained, str(lab_checkpoint(pretrained.partition(":")[2] or family)))
+        return Place(pretrained, str(lab_checkpoint(pretrained.partition(":")[2] or family)))
     if os.path.isdir(pretrained):  # unlike Path.is_dir, False for a name that is too long
-        return _Place(pretrained, pretrained)
+        return Place(pretrained, pretrained)
     path, _, revision = pretrained.partition("@")
-    return _Place(pretrained, path, {"revision": revision} if revision else {})
+    return Place(pretrained, path, {"revision": revision} if revision else {})
 
 
-def _recognise(place: _Place, expected: str | None) -> tuple[type[Family], Original | None]:
+def _recognise(place: Place, expected: str | None) -> tuple[type[Family], Original | None]:
     """Family of a checkpoint, and the checkpoint itself if it is in the original layout."""
     from transformers import AutoConfig
 
@@ -143,9 +146,10 @@ def _recognise(place: _Place, expected: str | None) -> tuple[type[Family], Origi
     return found, original
 
 
-def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tuple[Any, Any]:
+def _load_converted(place: Place, device: str, loading: dict[str, Any], decoder: bool) -> tuple[Any, Any]:
     """Model and processor of a checkpoint in Hugging Face's layout."""
-    from transformers import AutoModelForImageTextToText
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     if device == "cpu":
@@ -155,16 +159,36 @@ def _load_converted(place: _Place, device: str, loading: dict[str, Any]) -> tupl
     transformers_logging.set_verbosity_error()
     try:
         with told(place.name):
+            config = AutoConfig.from_pretrained(place.path, **place.options)
+            text = config.get_text_config()
+            layers, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
+            if not decoder:
+                _set_layers(text, 0, kinds and [])
             model, report = AutoModelForImageTextToText.from_pretrained(
-                place.path, output_loading_info=True, ignore_mismatched_sizes=True, **loading, **place.options
+                place.path,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **loading,
+                **place.options,
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if not decoder:
+        _set_layers(model.config.get_text_config(), layers, kinds)  # what the model is part of still has them
+        report["unexpected_keys"] = {name for name in report["unexpected_keys"] if not DECODER_LAYER.search(name)}
+        model.lm_head = torch.nn.Identity()
     check_report(report, model.config, place.name)
     return model, _processor(place)
 
 
-def _processor(place: _Place) -> Any:
+def _set_layers(text: Any, layers: int, kinds: list[str] | None) -> None:
+    text.num_hidden_layers = layers
+    if kinds is not None:
+        text.layer_types = kinds
+
+
+def _processor(place: Place) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor
 
     with told(place.name):
@@ -175,7 +199,7 @@ def _processor(place: _Place) -> Any:
     return processor
 
 
-def _load_empty(place: _Place, original: Original | None) -> tuple[Any, Any]:
+def _load_empty(place: Place, original: Original | None) -> tuple[Any, Any]:
     """Model without weights and processor."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForImageTextToText

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Older checkpoints store what every model computes from its configuration.
 COMPUTED = ("rotary_emb.inv_freq", "position_ids")
+DECODER_LAYER = re.compile(r"language_model\.(model\.)?layers\.\d+\.")
 TOWER_HEAD = re.compile(r"vision_tower\.(vision_model\.)?head\.")
 TOWER_LAYER = re.compile(r"vision_tower\.(vision_model\.)?encoder\.layers\.(\d+)\.")
 

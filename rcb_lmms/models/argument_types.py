@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, create_model
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.engines import ENGINES
 from rcb_lmms.engine.options import PREFIX_CACHE
 from rcb_lmms.errors import UserError, checked
 from rcb_lmms.families import family_class
@@ -49,6 +50,12 @@ LOADING = {
     "video_backend": one_of(BACKENDS),
     "max_frames_num": Count,
 }
+# lmms-eval's own names for vLLM.
+ENGINE_OPTIONS = {
+    "tensor_parallel_size": Count,
+    "data_parallel_size": Count,
+    "gpu_memory_utilization": Annotated[Number, Field(gt=0, le=1)],
+}
 FAMILY_OPTIONS = {"split": bool, "pack": one_of(PACKINGS), "grid": Text}
 BUDGETS = {
     "keep": Annotated[Number, Field(gt=0, le=1 << 31)],
@@ -74,6 +81,8 @@ def argument_types(family: str, method: str) -> dict[str, Any]:
         "batch_size": Count,
         "prefix_cache": one_of(PREFIX_CACHE),
         "seed": Annotated[Whole, Field(ge=0, lt=1 << 63)],
+        "engine": one_of(ENGINES),
+        **ENGINE_OPTIONS,
     }
     if budgets:
         types["per"] = one_of(PER)

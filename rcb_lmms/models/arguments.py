@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Target, ThresholdFile
 from rcb_lmms.calibration.fitting import check_least
+from rcb_lmms.engine.engines import check_engine
 from rcb_lmms.engine.options import shares_prefix
+from rcb_lmms.engine.processes import rank_and_size
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import Family, default_codebook, default_split, family_class
 from rcb_lmms.families.devices import check_attention, check_device, check_placement
 from rcb_lmms.families.video import VideoReader
 from rcb_lmms.models import entry_id
-from rcb_lmms.models.argument_types import LOADING, budget_names, field_names, method_options, validated
+from rcb_lmms.models.argument_types import ENGINE_OPTIONS, LOADING, budget_names, field_names, method_options, validated
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.base import Pruner
 
@@ -36,6 +38,8 @@ class Settings:
         positions: `contiguous` or `original`: where what stays of an image stands.
         prefix_cache: `auto`, `on` or `off`: whether questions about an image share what they have in common.
         batch_size: questions per batch.
+        engine: what answers prompts.
+        engine_options: its keyword arguments.
         seed: of sampling and of random pruning.
         thresholds: where the parameter for `target` is read instead of fitted.
     """
@@ -49,6 +53,8 @@ class Settings:
     thresholds: ThresholdFile | None = None
     positions: str = "contiguous"
     prefix_cache: str = "auto"
+    engine: str = "auto"
+    engine_options: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
@@ -85,10 +91,42 @@ def resolve(family: str, method: str, arguments: Mapping[str, Any]) -> Settings:
         check_least(pruner, target.count)
     pruner = dataclasses.replace(pruner, budget=budget)
     thresholds = _thresholds(given.get("thresholds"), target)
-    session = {name: given[name] for name in ("positions", "prefix_cache") if name in given}
+    session = {name: given[name] for name in ("positions", "prefix_cache", "engine") if name in given}
     shares_prefix(pruner, session.get("prefix_cache", "auto"))
+    check_engine(session.get("engine", "auto"), pruner, session.get("positions", "contiguous"))
+    session["engine_options"] = _engine_options(given)
+    if session.get("engine") == "vllm":
+        loading["decoder"] = False
     per, batch_size = given.get("per", "view"), given.get("batch_size", 1)
     return Settings(loading, pruner, target, per, batch_size, seed, thresholds, **session)
+
+
+def _engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM; the processes that data parallel means are those of torchrun, each with an engine."""
+    options = {name: given[name] for name in ENGINE_OPTIONS if name in given}
+    if options and given.get("engine") != "vllm":
+        raise UserError(
+            wanted=", ".join(f"{name}={value}" for name, value in options.items()),
+            found=f"engine={given.get('engine', 'auto')}, which has no such argument",
+            allowed="engine=vllm with them",
+            next_step="engine=vllm, or leave them out",
+        )
+    if given.get("engine") == "vllm" and (other := [name for name in ("device_map", "quantization") if name in given]):
+        raise UserError(
+            wanted=f"{' and '.join(f'{name}={given[name]}' for name in other)} with engine=vllm",
+            found="arguments of transformers: vLLM loads the language model itself, and whole",
+            allowed="tensor_parallel_size, where one GPU has too little memory",
+            next_step=f"leave out {', '.join(other)}, or engine=transformers",
+        )
+    copies, processes = options.pop("data_parallel_size", None), rank_and_size()[1]
+    if copies not in (None, processes):
+        raise UserError(
+            wanted=f"data_parallel_size={copies}",
+            found=f"{processes} process{'es' if processes > 1 else ''}",
+            allowed="as many processes, each of which has an engine of its own",
+            next_step=f"torchrun --nproc_per_node {copies} -m rcb_lmms.runs.host ...",
+        )
+    return options
 
 
 def _thresholds(path: str | None, target: Target | None) -> ThresholdFile | None:

@@ -14,6 +14,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from rcb_lmms.engine.engines import start_engine
 from rcb_lmms.engine.processes import gather, own_device, rank_and_size
 from rcb_lmms.engine.questions import Answer
 from rcb_lmms.engine.session import Session
@@ -53,16 +54,19 @@ class PrunedModel(lmms):
             arguments = _seeded(arguments)
             self.settings = resolve(self.family_name, self.method, arguments)
             loading = dict(self.settings.loading)
-            if own := own_device():
+            if own := own_device(self.settings.engine_options.get("tensor_parallel_size", 1)):
                 loading["device"] = own
             self.family = load_family(**loading)
             codebook = getattr(self.settings.pruner, "codebook", None)
             if codebook is not None:
                 codebook.check_family(self.family)
+            settings = self.settings
+            engine = start_engine(settings.engine, self.family, settings.prefix_cache, settings.engine_options)
         self._device = self.family.device
         self.session = Session(
             self.family,
             self.settings.pruner,
+            engine=engine or "transformers",
             batch_size=self.settings.batch_size,
             per=self.settings.per,
             positions=self.settings.positions,
@@ -81,7 +85,7 @@ class PrunedModel(lmms):
         self.run = RunRecord(
             model=entry_id(self.family_name, self.method),
             arguments={name: str(value) for name, value in arguments.items()},
-            resolved=describe(self.settings, self.family),
+            resolved={**describe(self.settings, self.family), "engine": engine.facts if engine else "transformers"},
             versions=versions(),
         )
         context = invocation.current_context()
@@ -222,9 +226,10 @@ class PrunedModel(lmms):
     def clean(self) -> None:
         """Gather what all processes did, report it once, and free the model."""
         every = gather((self.rows, self.run.failures, self.seconds, self.encoder.encoded_images, self.resumed))
-        stages = Counter()
-        for own in gather(self.session.seconds):
-            stages.update(own)
+        stages, counts, engine = Counter(), Counter(), self.session.engine
+        for seconds, own in gather((self.session.seconds, engine.counts if engine else {})):
+            stages.update(seconds)
+            counts.update(own)
         rows = [row for own, *_ in every for row in own]
         self.run.failures = [failure for _, own, *_ in every for failure in own]
         seconds = max(own for _, _, own, *_ in every)
@@ -237,10 +242,13 @@ class PrunedModel(lmms):
             "images_encoded": sum(own for *_, own, _ in every),
             "seconds": seconds,
             **{f"seconds_{stage}": spent for stage, spent in sorted(stages.items())},
+            **counts,
             "questions_per_second": (len(rows) - resumed) / seconds if seconds else 0.0,
         }
         if self.rank == 0 and rows:
             report_metrics(self.run, rows)
+        if engine is not None:
+            engine.close()
         # The host deletes modules it finds on this object; ours hang below it.
         self.family = self.session = self.encoder = None
         super().clean()

@@ -60,7 +60,7 @@ class RunRecord:
         achieved: per task, mean retained, native and layer-averaged visual tokens per question, and their spread.
         failures: `{task, doc_id, error}` of every sample that could not be answered; none of them is scored.
         totals: questions, images encoded, seconds; of these `seconds_tower` and so on, added up over processes, see
-            `rcb_lmms.engine.clock`.
+            `rcb_lmms.engine.clock`; an engine beside the model adds its `counts`.
         directory: where the run looked for its data sets.
     """
 
