@@ -543,20 +543,18 @@ def work(arguments, documents_file, out):
 
 
 def test_two_processes_give_the_results_of_one(entry, checkpoints, documents, codebook_file, tmp_path):
-    """Tiles, several images and videos, and a mean budget over all of them."""
+    """Tiles, several images and videos, and a mean budget over all of them; `accelerate launch` starts the two."""
     texts, counts = ask(one := entry("llava_next", "rcb", keep=5), documents)
     one.clean()
     arguments = {"pretrained": str(checkpoints["llava_next"]), "codebook": str(codebook_file), "keep": 5}
     (tmp_path / "documents").write_bytes(pickle.dumps(documents))
     given = [json.dumps({**arguments, "max_frames_num": 4}), str(tmp_path / "documents"), str(tmp_path / "two")]
     code = "import sys, test_entries; test_entries.work(*sys.argv[1:])"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port(), "OMP_NUM_THREADS": "1"}
-    shared |= {"RCB_CACHE": str(tmp_path / "other-cache"), "PYTHONPATH": str(Path(__file__).parent)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, *given], env={**os.environ, **shared, "RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", tiny.free_port(), "--no_python", sys.executable, "-c", code]
+    shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RCB_CACHE": str(tmp_path / "other-cache")}
+    shared["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([*launch, *given], env={**os.environ, **shared}, check=True, timeout=300)
     two = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
     for rank in (0, 1):
         assert two[rank]["achieved"] == one.run.achieved

@@ -171,20 +171,22 @@ def test_the_hosts_own_command_says_what_it_lacks_and_ends_with_an_error(pope_tr
 
 
 @pytest.mark.parametrize("entry", ["llava_rcb"])
-def test_two_processes_give_the_results_of_one(command, entry, pope_tree, checkpoint, codebook_file, tmp_path):
+def test_two_nodes_give_the_results_of_one_process(command, entry, pope_tree, checkpoint, codebook_file, tmp_path):
     arguments = f"pretrained={checkpoint},keep=5,codebook={codebook_file}"
     assert command("--model", entry, model_args=f",keep=5,codebook={codebook_file}") == 0
-    meet = ["--nproc_per_node", "2", "--master_port", tiny.free_port()]
-    launch = [sys.executable, "-m", "torch.distributed.run", *meet, "-m"]
+    meet = ["--nproc_per_node", "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", tiny.free_port()]
+    launch = [sys.executable, "-m", "torch.distributed.run", *meet]
     given = ["--model", entry, "--model_args", arguments, "--tasks", "pope", "--batch_size", "8", "--log_samples"]
-    subprocess.run(
-        [*launch, "rcb_lmms.runs.host", *given, "--output_path", str(tmp_path / "two")],
-        cwd=pope_tree,
-        env={**os.environ, "RCB_CACHE": str(tmp_path / "cache2"), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    given += ["--output_path", str(tmp_path / "two")]
+    nodes = [
+        subprocess.Popen(
+            [*launch, "--node_rank", str(node), "-m", "rcb_lmms.runs.host", *given],
+            cwd=pope_tree,
+            env={**os.environ, "RCB_CACHE": str(tmp_path / f"cache-{node}"), "OMP_NUM_THREADS": "1"},
+        )
+        for node in (0, 1)
+    ]
+    assert [node.wait(300) for node in nodes] == [0, 0]
     one, two = (_read(tmp_path / name) for name in ("out", "two"))
     assert one[0]["results"]["pope"]["pope_accuracy,none"] == two[0]["results"]["pope"]["pope_accuracy,none"]
     assert one[1] == two[1]
