@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from rcb_lmms.analysis.bench import QUESTION, bench, matmul_flops
+from rcb_lmms.analysis.bench import QUESTION, bench, matmul_flops, tokens_by_layer
 from rcb_lmms.analysis.memory import LiveBytes
 from rcb_lmms.budget import Budget
 from rcb_lmms.cli import app
@@ -241,6 +241,20 @@ def test_a_table_has_medians_formulas_and_bytes_of_one_question(family):
     assert rows["questions_per_second"].tolist() == pytest.approx((1e3 / rows["total_ms"]).tolist())
     assert rows["peak_mb"]["fastv:paper"] <= rows["peak_mb"]["none"]
     assert [len(own["seconds"]) for own in facts["samples"]] == [2] * 10
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "dart"])
+def test_layers_of_an_image_in_tiles_see_what_the_ledger_says(tmp_path, name):
+    import tiny_next
+
+    tiled = load_family(str(tiny_next.save_next(tmp_path)))
+    pruner = make_pruner(name, budget=Budget.tokens(9))
+    row = Session(tiled, pruner).answer([said()], max_new_tokens=1)[0].row
+    assert row.visual_views == 5
+    seen = tokens_by_layer(pruner, row, tiled.layers)
+    text = row.input_tokens - row.visual_native
+    assert statistics.fmean(seen) - text == row.visual_layer_average < row.visual_native
+    assert seen[-1] - text == row.visual_kept
 
 
 def test_a_budget_that_a_method_cannot_meet_costs_the_others_nothing(family):

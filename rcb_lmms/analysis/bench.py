@@ -215,7 +215,7 @@ def _row(family: Family, case: Case, image: Any, new_tokens: int, roof: float) -
     blocks = family.model.config.vision_feature_layer % (vision.num_hidden_layers + 1)
     tower = sum(tower_flops(vision, n, family.has_cls, blocks) for n in patches)
     tower += sum(projector_flops(n, vision.hidden_size, family.width) for n in patches)
-    layers = _tokens_by_layer(pruner, own, shape.layers)
+    layers = tokens_by_layer(pruner, own, shape.layers)
     kept = statistics.fmean(layers)
     prefill = 1e12 * own.prefill_tflops + shape.head_flops()
     flops = {
@@ -254,7 +254,7 @@ def _decode_flops(pruner: Pruner, shape: DecoderShape, layers: Sequence[int], ne
     return sum(shape.head_flops() + sum(shape.layer_flops(n + step) for n in layers) for step in range(1, new))
 
 
-def _tokens_by_layer(pruner: Pruner, own: Any, layers: int) -> list[int]:
+def tokens_by_layer(pruner: Pruner, own: Any, layers: int) -> list[int]:
     """Tokens of a prompt that each decoder layer sees."""
     if pruner.stage != "layers":
         return [own.input_tokens] * layers
