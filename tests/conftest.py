@@ -58,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need what is not here are deselected: a run says how many, and none is passed over as skipped."""
-    here = {"gpu": torch.cuda.is_available(), "flash_attn": find_spec("flash_attn") is not None}
+    here = {"gpu": torch.cuda.is_available(), "vllm": find_spec("vllm") is not None}
+    here["flash_attn"] = find_spec("flash_attn") is not None
     wanted = {item: all(here.get(mark.name, True) for mark in item.iter_markers()) for item in items}
     items[:] = [item for item, runs in wanted.items() if runs]
     config.hook.pytest_deselected(items=[item for item, runs in wanted.items() if not runs])

@@ -12,6 +12,7 @@ import torch
 
 from rcb_lmms import Budget, Question, Session
 from rcb_lmms.analysis.memory import peak_bytes
+from rcb_lmms.engine.engines import start_engine
 from rcb_lmms.engine.generation import layer_steps, left_pad, positions_of, prune_prompts
 from rcb_lmms.engine.prefix import PrefixCache
 from rcb_lmms.families import load_family
@@ -137,6 +138,20 @@ def test_flash_attention_equals_sdpa(name):
     equal = [a == b for a, b in zip(answers(flash, name), answers(sdpa, name), strict=True)]
     assert sum(equal) >= len(equal) - 1
     assert drift(*(logits(own, prompts(own, asked(1))) for own in (flash, sdpa))) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["none", "rcb"])
+def test_two_engines_agree(name):
+    family = lab("cuda", "float16")
+    engine = start_engine("vllm", family, "auto", {"gpu_memory_utilization": 0.2})
+    try:
+        found = answers(family, name, engine=engine)
+    finally:
+        engine.close()
+    equal = [a == b for a, b in zip(found, answers(family, name), strict=True)]
+    assert sum(equal) >= len(equal) - 1
 
 
 @functools.cache
