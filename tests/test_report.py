@@ -75,7 +75,7 @@ def write_run(
         "calibrations": {task: {"target": float(keep)} for task in correct} if calibrated else {},
         "achieved": achieved,
         "failures": [],
-        "totals": {"questions_per_second": 100.0 / kept},
+        "totals": {"questions_per_second": 100.0 / kept, "questions": 20, "seconds_processor": 0.1 * kept},
     }
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(content | record))
@@ -390,6 +390,7 @@ def test_summary_has_the_numbers_of_the_runs(results):
     assert rcb["questions_per_second"] == pytest.approx(100 / 35.75)
     assert random["prefill_tflops"] == pytest.approx(0.036)
     assert random["method_tflops"] == pytest.approx(36e-5)
+    assert random["processor_seconds"] == pytest.approx(0.1 * 36 / 20)
     assert readable(table)["method GFLOPs"].tolist()[1:3] == ["0.358", "0.36"]
     # A method without one of the tasks has no average over them.
     assert prumerge[["mme_accuracy", "mme_score", "relative", "p_vs_random"]].isna().all()
@@ -451,6 +452,7 @@ def test_columns_that_say_nothing_are_not_shown(tmp_path):
         "POPE accuracy, %",
         "relative, %",
         "questions/s",
+        "processor ms",
         "prefill TFLOPs",
         "method GFLOPs",
     ]
@@ -792,7 +794,7 @@ def test_published_rows_are_whole_and_below_what_was_unpruned():
                 assert keep in (192, 128, 64)
                 assert len(row) == columns
                 shares = [own / whole for own, whole in zip(row, table["unpruned"], strict=True) if own]
-                assert all(0.3 < share < 1.05 for share in shares), (table["source"], method, keep)
+                assert all(0.3 < share < 1.1 for share in shares), (table["source"], method, keep)
         for rows in table["rows"].values():  # in every table the mean falls with the budget
             pairs = [zip(row, table["unpruned"], strict=True) for row in rows.values()]
             shares = [[own / whole for own, whole in row if own] for row in pairs]

@@ -133,7 +133,7 @@ class PrunedModel(lmms):
         with leave_with():
             if invocation.asked_through_cache():
                 raise invocation.cache_refused()
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             questions = [Request.of(request, self.task_dict, self.settings.seed) for request in requests]
             groups = grouped(questions)
             pruners = {
@@ -152,6 +152,7 @@ class PrunedModel(lmms):
                         answers[left[number]] = self._result(questions[left[number]], answer)
                         progress.update()
             self.seconds += time.perf_counter() - started
+            self.session.seconds["processor"] += time.process_time() - worked
             self._refuse_if_nothing_was_answered(len(questions))
             return [answers[index] for index in range(len(questions))]
 

@@ -41,6 +41,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         if name in table:
             text[title] = _column(100 * table[name].astype(float), "{:.1f}")
     text["questions/s"] = _column(table["questions_per_second"], "{:.1f}")
+    text["processor ms"] = _column(1e3 * table["processor_seconds"].astype(float), "{:.1f}")
     text[f"prefill {unit}"] = _column(table["prefill_tflops"] * factor, "{:.3g}")
     text["method GFLOPs"] = _column(1e3 * table["method_tflops"].astype(float), "{:.3g}")
     frame = pd.DataFrame(text, index=table.index)
