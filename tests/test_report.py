@@ -75,7 +75,12 @@ def write_run(
         "calibrations": {task: {"target": float(keep)} for task in correct} if calibrated else {},
         "achieved": achieved,
         "failures": [],
-        "totals": {"questions_per_second": 100.0 / kept, "questions": 20, "seconds_processor": 0.1 * kept},
+        "totals": {
+            "questions_per_second": 100.0 / kept,
+            "questions": 20,
+            "seconds_processor": 0.1 * kept,
+            "seconds_choose": 0.002 * kept,
+        },
     }
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(content | record))
@@ -391,6 +396,7 @@ def test_summary_has_the_numbers_of_the_runs(results):
     assert random["prefill_tflops"] == pytest.approx(0.036)
     assert random["method_tflops"] == pytest.approx(36e-5)
     assert random["processor_seconds"] == pytest.approx(0.1 * 36 / 20)
+    assert readable(table)["choosing ms"].tolist()[3] == "3.60"
     assert readable(table)["method GFLOPs"].tolist()[1:3] == ["0.358", "0.36"]
     # A method without one of the tasks has no average over them.
     assert prumerge[["mme_accuracy", "mme_score", "relative", "p_vs_random"]].isna().all()
@@ -454,6 +460,7 @@ def test_columns_that_say_nothing_are_not_shown(tmp_path):
         "questions/s",
         "processor ms",
         "prefill TFLOPs",
+        "choosing ms",
         "method GFLOPs",
     ]
 

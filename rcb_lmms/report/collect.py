@@ -121,12 +121,11 @@ class Measured:
         shares = mean_of(map(self._shares, self.record["achieved"])) or 1
         return float(value) * shares if kind == "tokens" else None
 
-    @property
-    def processor_seconds(self) -> float | None:
-        """Of the processor, per question that was asked in this run; `None` if the record does not say."""
+    def seconds(self, stage: str) -> float | None:
+        """Of a stage or of the `processor`, per question that was asked in this run; `None` if the record lacks it."""
         totals = self.record["totals"]
         asked = totals.get("questions", 0) - totals.get("resumed_questions", 0)
-        return totals["seconds_processor"] / asked if asked and "seconds_processor" in totals else None
+        return totals[f"seconds_{stage}"] / asked if asked and f"seconds_{stage}" in totals else None
 
     def _shares(self, task: str) -> float:
         """How often a question of a task spends the budget: once for each of its views, unless that is per image."""

@@ -122,8 +122,8 @@ def summary_table(runs: Sequence[Measured]) -> pd.DataFrame:
     `layer_average_tokens`, then per task `<task>_accuracy`, `_low`, `_high` (95% interval over images), `_std` (over
     seeds), `_score` (official), `_retained`, then `relative` (mean over tasks of the paper's score, in percent of the
     unpruned model's), `p_vs_random`, what answers have in common with the unpruned model's (see `agreement_columns`),
-    `questions_per_second`, `processor_seconds` (a question), `prefill_tflops`, `method_tflops` and `runs` (folder
-    names).
+    `questions_per_second`, `processor_seconds` and `choose_seconds` (a question), `prefill_tflops`, `method_tflops`
+    and `runs` (folder names).
 
     How the tasks are shown is in the frame's `attrs["benchmarks"]`.
 
@@ -168,7 +168,8 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
         **agreement_columns(row.runs, unpruned and unpruned.first, downsampled and downsampled.first),
         "questions_per_second": mean_of(run.record["totals"].get("questions_per_second") for run in row.runs),
-        "processor_seconds": mean_of(run.processor_seconds for run in row.runs),
+        "processor_seconds": mean_of(run.seconds("processor") for run in row.runs),
+        "choose_seconds": mean_of(run.seconds("choose") for run in row.runs),
         "prefill_tflops": row.mean("prefill_tflops"),
         "method_tflops": row.mean("method_tflops"),
         "runs": " ".join(run.path.name for run in row.runs),

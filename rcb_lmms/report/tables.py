@@ -43,6 +43,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     text["questions/s"] = _column(table["questions_per_second"], "{:.1f}")
     text["processor ms"] = _column(1e3 * table["processor_seconds"].astype(float), "{:.1f}")
     text[f"prefill {unit}"] = _column(table["prefill_tflops"] * factor, "{:.3g}")
+    text["choosing ms"] = _column(1e3 * table["choose_seconds"].astype(float), "{:.2f}")
     text["method GFLOPs"] = _column(1e3 * table["method_tflops"].astype(float), "{:.3g}")
     frame = pd.DataFrame(text, index=table.index)
     return frame.loc[:, (frame != "").any()]
