@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flash
 import numpy as np
 import pytest
 import tiny
@@ -339,3 +340,21 @@ def test_kept_indices_survive_being_written_down():
             kept = np.flatnonzero(generator.random(native) < share)
             indices, count = unpack_kept(pack_kept(kept.tolist(), native))
             assert (indices.tolist(), count) == (kept.tolist(), native)
+
+
+@pytest.mark.parametrize("method", ["divprune", "pyramiddrop", "dart"])
+def test_flash_attention_answers_as_sdpa_in_batches_and_behind_prefixes(method, checkpoint, flash_on_cpu):
+    own = load_family(str(checkpoint))
+    positions = "original" if method == "divprune" else "contiguous"
+    pictures = [tiny.random_image(number) for number in range(3)]
+    questions = [Question(f"What {'is ' * number}this?", pictures[:1]) for number in (1, 4, 2)]
+    questions.append(Question("What are <image> and <image>?", pictures[1:]))
+    found = set()
+    for implementation in ("sdpa", flash.NAME):
+        own.model.set_attn_implementation(implementation)
+        for prefix_cache, batch_size in (("off", 1), ("auto", 4)):
+            options = {"positions": positions, "prefix_cache": prefix_cache, "batch_size": batch_size}
+            answers = Session(own, make_pruner(method, budget=Budget.tokens(12)), **options).answer(questions, **FAST)
+            assert not any(answer.error for answer in answers)
+            found.add(tuple(answer.text for answer in answers))
+    assert len(found) == 1
