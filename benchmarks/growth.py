@@ -133,12 +133,13 @@ def plot(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
         counts = [row["questions"] for row in own]
         (line,) = seconds.loglog(counts, [row["cpu_s"] for row in own], "o-", label=f"more {name}")
         linear = [own[0]["cpu_s"] * count / counts[0] for count in counts]
-        seconds.loglog(counts, linear, ":", color=line.get_color(), label="in proportion")
+        seconds.loglog(counts, linear, ":", color=line.get_color(), label="in proportion to the first")
         memory.semilogx(counts, [row["peak_mb"] for row in own], "o-", label=f"more {name}")
     seconds.set(xlabel="questions", ylabel="processor seconds")
-    memory.set(xlabel="questions", ylabel="peak memory, MB", ylim=(0, None))
+    highest = max(row["peak_mb"] for own in rows.values() for row in own)
+    memory.set(xlabel="questions", ylabel="peak memory, MB", ylim=(0, 1.2 * highest))
     seconds.legend(frameon=False)
-    memory.legend(frameon=False)
+    memory.legend(frameon=False, loc="lower right")
     figure.suptitle("laboratory model, one process")
     figure.savefig(out, dpi=110)
 
