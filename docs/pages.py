@@ -52,9 +52,8 @@ def methods_page() -> str:
         "where that differs from the paper, and what we chose. `preset=official` is the released code, `preset=paper` "
         "the text where the two differ.",
         "\n".join(["| method | name | acts | decides | published |", "| --- | --- | --- | --- | --- |", *rows]),
-        "Several beside each other on a picture of your own, and at work on the laboratory:",
-        "```sh\nrcb show photo.jpg --methods rcb,visionzip,divprune,sparsevlm --keep 36\n"
-        "rcb quickstart --methods rcb,visionzip,divprune\n```",
+        "Several beside each other on a picture of your own (`rcb quickstart --methods` has them answer questions):",
+        "```sh\nrcb show photo.jpg --methods rcb,visionzip,divprune,sparsevlm --keep 36\n```",
         "[All methods at two budgets](laboratory/methods.md) has what they answer there.",
     ]
     return "\n\n".join(parts) + "\n"

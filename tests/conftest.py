@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+from rcb_lmms.resources import data_dir
 
 # 96 words, attention sharp enough that pruning changes answers (the default of 0.02 makes it almost uniform).
 TEXT_SIZES = {
@@ -38,6 +41,9 @@ VISION_SIZES = {
     "projection_dim": 16,
     "initializer_range": 0.25,
 }
+
+
+_INDEXED: dict[str, dict] = {}
 
 
 class _DeprecationsFail(logging.Handler):
@@ -116,6 +122,24 @@ def tiny_llava():
         vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def indexed_tasks(monkeypatch):
+    """lmms-eval's three thousand task files and ours are read once, not again for every run."""
+    from lmms_eval.tasks import TaskManager
+
+    index = TaskManager._get_task_and_group
+    fixed = ("lmms_eval/tasks/", str(data_dir("tasks")))
+
+    def once(manager, folder):
+        if not str(folder).endswith(fixed):
+            return index(manager, folder)
+        if folder not in _INDEXED:
+            _INDEXED[folder] = index(manager, folder)
+        return copy.deepcopy(_INDEXED[folder])
+
+    monkeypatch.setattr(TaskManager, "_get_task_and_group", once)
 
 
 @pytest.fixture(scope="session")

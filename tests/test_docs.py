@@ -1,23 +1,16 @@
-"""Pages made from the code are current, and every command that the documentation shows is one."""
+"""Pages made from the code are current, and Python that the documentation shows runs."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 
-import click
 import pytest
-import typer
 
-from rcb_lmms.cli import app
-from rcb_lmms.models import PARTS
-from rcb_lmms.models.argument_types import parse_arguments, validated
 from rcb_lmms.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def load_pages():
@@ -47,32 +40,6 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert set(re.findall(r"[\w/.-]+\.md", str(yaml.safe_load(text)["nav"]))) == pages
-
-
-def commands():
-    """Command lines in fenced blocks of shell, comments and continuations resolved."""
-    for path in TEXTS:
-        for block in re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|\|\|", line.split("  #")[0].strip().strip("()")):
-                    words = shlex.split(part, comments=True)
-                    if words and words[0] in ("rcb", "lmms_eval"):
-                        yield pytest.param(words, id=f"{path.name}: {part.strip()}"[:90])
-
-
-@pytest.mark.parametrize("words", list(commands()))
-def test_commands_that_the_documentation_shows_are_understood(words):
-    if words[0] == "rcb":
-        command, rest = typer.main.get_command(app), words[1:]
-        context = click.Context(command)
-        while isinstance(command, click.Group):
-            name, command, rest = command.resolve_command(context, rest)
-            context = click.Context(command, info_name=name, parent=context)
-        command.make_context(words[0], list(rest))
-        return
-    given = dict(zip(words[1::2], words[2::2], strict=False))
-    assert given["--model"] in PARTS
-    validated(*PARTS[given["--model"]], parse_arguments(given.get("--model_args", "")))
 
 
 def test_the_session_of_the_tutorial_runs(tmp_path, monkeypatch):

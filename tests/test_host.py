@@ -17,7 +17,7 @@ from rcb_lmms.runs.tasks import working_directory
 
 
 @pytest.fixture
-def command(pope_tree, checkpoint, tmp_path, monkeypatch):
+def command(pope_tree, checkpoint, indexed_tasks, tmp_path, monkeypatch):
     """Run the console script in this process; returns its exit status."""
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
 
