@@ -66,6 +66,8 @@ BENCHMARKS = {
     "rcb_mmbench_en_dev": Benchmark("MMBench CircularEval", ("rcb_mmbench_circular",), combine="circular"),
     "rcb_seed_image": Benchmark("SEED-Image", ("rcb_seed_accuracy",), chance=0.25),
     "rcb_realworldqa": Benchmark("RealWorldQA", ("rcb_realworldqa_accuracy",)),
+    "rcb_nocaps_val": Benchmark("NoCaps CIDEr", ("rcb_nocaps_cider",)),
+    "rcb_flickr30k": Benchmark("Flickr30k CIDEr", ("rcb_flickr_cider",)),
     "rcb_mantis": Benchmark("Mantis", ("rcb_mantis_accuracy",)),
     "rcb_muirbench": Benchmark("MuirBench", ("rcb_muirbench_accuracy",)),
     "rcb_mvbench": Benchmark("MVBench", ("rcb_mvbench_accuracy",)),

@@ -173,7 +173,7 @@ def _charts(table: pd.DataFrame, task: str, benchmark: Benchmark) -> dict[str, A
             f"{benchmark.heading} over {label}",
             _series(numbers, task, benchmark, quantity),
             label,
-            f"{benchmark.heading} (95% interval)",
+            "accuracy, % (95% interval)" if benchmark.unit == 100 else "score (95% interval)",
         )
         for quantity, label in quantities.items()
     ]

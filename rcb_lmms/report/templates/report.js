@@ -220,6 +220,8 @@
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   });
+  // Paper has no folds.
+  addEventListener("beforeprint", () => document.querySelectorAll("details.model").forEach((part) => (part.open = true)));
   offerRuns();
   list();
 })();
