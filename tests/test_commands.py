@@ -32,7 +32,7 @@ SMALL = {
     "rcb analyze tokens": "--tokens 0-3",
     "rcb analyze influence": "--tokens 60 --candidates 1",
     "rcb analyze curves": "--limit 2 --patches 4",
-    "rcb analyze cost": "--limit 1",
+    "rcb bench": "--keep 16 --repeats 1 --batch-size 2 --new-tokens 2",
     "lmms_eval": "--verbosity WARNING",
 }
 # A part of a command, and what it needs that is not here; files that these name are nowhere in the repository.
