@@ -130,7 +130,7 @@ def save_random(folder: Path) -> str:
     ids = {name: getattr(own.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**tower, image_size=336, patch_size=14),
-        text_config=LlamaConfig(**text, **ids, vocab_size=4096, max_position_embeddings=2048),
+        text_config=LlamaConfig(**text, **ids, vocab_size=own.text_config.vocab_size, max_position_embeddings=2048),
         image_token_id=own.image_token_id,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
