@@ -146,14 +146,15 @@ def explain_curves(found: Sequence[Curve], table: pd.DataFrame) -> str:
     """What holds of the paper's claim (values do not fall with similarity or attention) and what does not."""
     parts = []
     for curve in found:
-        verb = "falls" if curve.falls else "does not fall"
+        verb = "falls" if curve.falls else "is not seen to fall"
         parts.append(
             f"{VALUES[curve.value]} {verb} with {ORDERS[curve.order]} ({curve.first:.3g} in the highest quarter, "
             f"{curve.middle:.3g} between, {curve.last:.3g} in the lowest; mean "
             f"rank correlation {curve.correlation:+.2f}, p = {curve.p:.1g})"
         )
     against = sum(curve.falls for curve in found)
-    claim = "holds" if not against else "does not hold" if against == len(found) else "holds in part"
+    # What few images do not show is no proof that it is not there.
+    claim = "is not contradicted" if not against else "does not hold" if against == len(found) else "fails in part"
     size = f"{table['image'].nunique()} images, {len(table)} patches"
     words = [
         f"of the quarter of lowest {ORDERS[order]}, {share:.0%} say a word with a probability of {CONFIDENT} or more"

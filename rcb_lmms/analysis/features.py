@@ -79,7 +79,7 @@ def explain_outliers(table: pd.DataFrame, tau_prob: float) -> str:
     return (
         f"{told}; their clusters have {small.median():g} tokens in the median, those of the others {large.median():g} "
         f"(Mann-Whitney p = {p:.1g}), where the paper calls them outliers: "
-        + ("as here." if p < 0.05 and small.median() < large.median() else "not here.")
+        + ("too few differ to say." if p >= 0.05 else "as here." if small.median() < large.median() else "not here.")
     )
 
 
