@@ -61,8 +61,8 @@ def _pinpoints(side_px: int) -> list[list[int]]:
     return [[height * side_px, width * side_px] for height, width in GRIDS]
 
 
-def save_onevision(folder: Path, side_px: int = SIDE_PX) -> Path:
-    """SigLIP of three layers read to the end, Qwen2 of four layers, width 48."""
+def save_onevision(folder: Path, side_px: int = SIDE_PX, width: int = WIDTH) -> Path:
+    """SigLIP of three layers read to the end, Qwen2 of four layers, four heads, and width 48 or another."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -85,7 +85,7 @@ def save_onevision(folder: Path, side_px: int = SIDE_PX) -> Path:
         ),
         text_config=Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
+            hidden_size=width,
             intermediate_size=96,
             num_hidden_layers=4,
             num_attention_heads=4,

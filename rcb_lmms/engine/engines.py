@@ -42,14 +42,15 @@ class Engine(Protocol):
         """End its processes."""
 
 
-def check_engine(name: str, pruner: Pruner, positions: str) -> None:
-    """Refuse an engine that cannot serve a method, before anything is loaded.
+def check_engine(engine: str | Engine, pruner: Pruner, positions: str) -> None:
+    """Refuse an engine that cannot serve a method, by name before anything is loaded.
 
     Raises:
         UserError: an unknown engine, one that is not installed, a method inside the decoder, or positions that the
             engine does not have.
     """
-    if choose("engine", name, ENGINES) != "vllm":
+    named = isinstance(engine, str)
+    if named and choose("engine", engine, ENGINES) != "vllm":
         return
     wanted, next_step = f"engine=vllm with {pruner.name}", "engine=transformers"
     if pruner.stage == "layers":
@@ -66,7 +67,7 @@ def check_engine(name: str, pruner: Pruner, positions: str) -> None:
             allowed="positions=contiguous",
             next_step=f"{next_step}, or leave positions out",
         )
-    if find_spec("vllm") is None:
+    if named and find_spec("vllm") is None:
         raise UserError(
             wanted=wanted,
             found="no Python package vllm",

@@ -70,7 +70,7 @@ class Session:
         seed: int = 0,
         encoder: ImageEncoder | None = None,
     ):
-        check_engine(engine if isinstance(engine, str) else "vllm", pruner, positions)
+        check_engine(engine, pruner, positions)
         self.family, self.pruner, self.batch_size, self.per, self.seed = family, pruner, batch_size, per, seed
         space_of(family, pruner)  # refused here rather than at every question
         self.prefixes = PrefixCache(family, prefix_cache == "on") if shares_prefix(pruner, prefix_cache) else None

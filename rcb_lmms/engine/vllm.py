@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,16 +109,17 @@ class VllmEngine:
     def check(self, generation: Generation) -> None:
         """See `Engine`."""
         options = dict(generation.options)
-        reasons = {
-            "num_beams": "beams, which vLLM's engine does not have",
-            "repetition_penalty": "a penalty, for which vLLM takes every embedded row for token 0",
+        refused = {
+            "num_beams": ("beams, which vLLM's engine does not have", 1, 1),
+            "repetition_penalty": ("a penalty, for which vLLM takes every embedded row for token 0", 1, 1),
+            "temperature": ("a temperature above those of vLLM", 0, 2),
         }
-        for name, reason in reasons.items():
-            if options.get(name, 1) != 1:
+        for name, (reason, least, most) in refused.items():
+            if not least <= options.get(name, least) <= most:
                 raise UserError(
                     wanted=f"{name}={options[name]} with engine=vllm",
                     found=reason,
-                    allowed=f"{name}=1",
+                    allowed=f"{name} from {least} to {most}",
                     next_step=f"engine=transformers, or leave {name} out",
                 )
 
@@ -134,16 +136,21 @@ class VllmEngine:
         given = [{"prompt_embeds": prompt.embeds} for prompt in prompts]
         parameters = [self._parameters(generation, seed) for seed in seeds]
         try:
-            outputs = self._start().generate(given, parameters, use_tqdm=False)
+            outputs = self._ask(given, parameters)
         except EngineDeadError:
             logger.warning("vLLM died; it is started again, and asked the same %d prompts once more", len(given))
             self.close()
             try:
-                outputs = self._start().generate(given, parameters, use_tqdm=False)
+                outputs = self._ask(given, parameters)
             except EngineDeadError:
                 self.close()
                 raise
         return self._generated(outputs, dict(generation.options)["max_new_tokens"])
+
+    def _ask(self, given: list[dict[str, Any]], parameters: list[Any]) -> list[Any]:
+        llm = self._start()
+        with _watched(llm.llm_engine.engine_core):
+            return llm.generate(given, parameters, use_tqdm=False)
 
     def _check(self, prompt: Prompt) -> None:
         """What vLLM would not survive is refused."""
@@ -209,6 +216,27 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+
+
+@contextlib.contextmanager
+def _watched(client: Any) -> Iterator[None]:
+    """Around a call that waits for vLLM: of an engine that is killed, its client (0.32) would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1):
+            if client.resources.engine_dead:
+                client.outputs_queue.put(EngineDeadError())
+                return
+
+    if hasattr(client, "outputs_queue"):
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextlib.contextmanager
