@@ -17,7 +17,7 @@ import json
 from typing import Any
 
 import torch
-from pope_throughput import questions_about
+from engines import questions_about
 from tabulate import tabulate
 
 from rcb_lmms import Budget, Question, Session, make_pruner
@@ -62,8 +62,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    distinct = {(id(image), text): (image, text) for image, text in questions_about(options.images)}
-    questions = [Question(text, [image]) for image, text in distinct.values()]
+    questions = list({(id(own.images[0]), own.text): own for own in questions_about(range(options.images))}.values())
     pruner = make_pruner("rcb", codebook="lab-llava", budget=Budget.tokens(36))
     found, exact = {}, None
     for dtype in DTYPES:
