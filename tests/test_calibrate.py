@@ -23,9 +23,9 @@ from rcb_lmms import Codebook
 from rcb_lmms.budget import Budget
 from rcb_lmms.calibration import Documents, Target, fit, parse_targets, score_pass
 from rcb_lmms.calibration.calibrate import calibrate_images, calibrate_tasks, held_out
-from rcb_lmms.calibration.documents import ahead
 from rcb_lmms.calibration.scores import Store
 from rcb_lmms.engine.encoding import ImageEncoder
+from rcb_lmms.engine.questions import ahead
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual

@@ -86,7 +86,7 @@ def test_logits_are_those_of_whole_prompts_in_float32(family):
     from rcb_lmms.engine.generation import left_pad
 
     own = session(family)
-    ready, _ = own.prompts.of(dict(enumerate(asked(2, 2))))
+    ready, _ = own.prompts.of(range(4), map(own.prompts.open, asked(2, 2)))
     prompts = [one.prompt for one in ready]
     batch = own.prefixes.continued(prompts)
     with torch.inference_mode():

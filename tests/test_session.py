@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import flash
 import numpy as np
@@ -37,6 +38,30 @@ def session(family, method="random", keep=5, **options):
 
 def asked(count=6):
     return [Question(f"What is {n}?", [tiny.random_image(n % 3)], name=str(n)) for n in range(count)]
+
+
+def test_images_of_the_next_window_are_opened_while_the_model_answers(family, monkeypatch):
+    """Without that, the first answer would wait for the ninth question, which a window of eight leaves for later."""
+    ninth, opened = threading.Event(), []
+
+    class Watched(Question):
+        def load(self, family):
+            opened.append(self.name)
+            if self.name == "8":
+                ninth.set()
+            return super().load(family)
+
+    def generate(*given):
+        assert ninth.wait(60)
+        return module_generate(*given)
+
+    module_generate = module.generate
+    monkeypatch.setattr(module, "generate", generate)
+    questions = [Watched(own.text, own.images, name=own.name) for own in asked(12)]
+    answers = session(family, batch_size=1).answer(questions, **FAST)
+    assert sorted(opened, key=int) == [own.name for own in questions]
+    expected = session(family).answer(asked(12), **FAST)
+    assert [own.text for own in answers] == [own.text for own in expected]
 
 
 def test_a_session_answers_files_and_images_and_says_what_it_cost(family, tmp_path):

@@ -1,27 +1,24 @@
-"""Documents that show images and videos: opened one by one, counted, and read ahead of those who use them."""
+"""Documents that show images and videos: opened ahead of those who use them, and counted."""
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from rcb_lmms.engine.processes import gather, rank_and_size
+from rcb_lmms.engine.questions import READERS, ahead
 from rcb_lmms.families.images import whole_images_only
 
 if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
     from rcb_lmms.families.images import Visual
 
-READERS = 2  # threads that open documents while the tower works
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
 Opened = tuple[int, "list[Visual] | None", str]
 
 
@@ -85,21 +82,3 @@ def shown(items: Iterable[Item], every: Sequence[Any], what: str) -> Iterable[It
         print(f"calibration: {what}, {len(every)} documents", file=sys.stderr, flush=True)
         return items
     return tqdm(items, f"calibration: {what}", total=len(every), unit="document")
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map` in order, with `threads` working at the next few items while the caller uses a result."""
-    if not threads:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(function, item) for item in itertools.islice(items, 2 * threads))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -18,10 +18,11 @@ class Clock:
         device: torch device of the model.
 
     Attributes:
-        seconds: by stage: `open` reads images and makes pixels of them; `tower` encodes and projects them; `choose` is
-            the method's; `pack` makes prompts; `prefill` ends with the logits of a batch's first tokens, `decode` with
-            its answers. `first_token` adds up, question by question, its share of all before the prefill and the whole
-            prefill of its batch; over the number of questions it is the time to first token.
+        seconds: by stage: `open` waits for images, which threads read, and makes pixels of them; `tower` encodes and
+            projects them; `choose` is the method's; `pack` makes prompts; `prefill` ends with the logits of a batch's
+            first tokens, `decode` with its answers. `first_token` adds up, question by question, its share of all
+            before the prefill and the whole prefill of its batch; over the number of questions it is the time to first
+            token.
     """
 
     def __init__(self, device: Any):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rcb_lmms.pruners.base import Pruner
 
 logger = logging.getLogger(__name__)
+
+# A conversation with its media and `asked`, as in `Answer`; or why it could not be opened.
+Opened = tuple[Turns, "list[Visual]", str] | Answer
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,29 @@ class Prompts:
         self.family, self.encoder, self.pruner, self.positions = family, encoder, pruner, positions
         self.context: int | None = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def of(self, questions: dict[int, Question], alike: bool = True) -> tuple[list[Ready], dict[int, Answer]]:
-        """Prompts of questions, and failures, by index.
+    def open(self, question: Question) -> Opened:
+        """A question with its media opened and hashed, or the answer that says why that failed."""
+        try:
+            messages, visuals = question.load(self.family)
+            return messages, visuals, content_of(messages, visuals)
+        except Exception as error:  # whatever a damaged document raises
+            return Answer.failed(error)
+
+    def of(
+        self, window: Iterable[int], opened: Iterator[Opened], alike: bool = True
+    ) -> tuple[list[Ready], dict[int, Answer]]:
+        """Prompts of the questions with these indices, and failures by index.
 
         Args:
-            questions: of one window.
+            window: indices of questions.
+            opened: gives what `open` made of each of them next.
             alike: make one prompt of questions in the same words about the same images: POPE asks after each present
                 object in three categories.
 
         Raises:
             BudgetError: a budget that cannot be met, or a method that broke its own.
         """
-        loaded, failed = self._open(questions, alike)
+        loaded, failed = self._distinct(window, opened, alike)
         packed = self._pack_all(loaded)
         ready = []
         with self.encoder.clock.timed("pack"):
@@ -87,18 +101,18 @@ class Prompts:
                     failed |= dict.fromkeys(own.indices, Answer.failed(error))
         return ready, failed
 
-    def _open(self, questions: dict[int, Question], alike: bool) -> tuple[list[Loaded], dict[int, Answer]]:
+    def _distinct(
+        self, window: Iterable[int], opened: Iterator[Opened], alike: bool
+    ) -> tuple[list[Loaded], dict[int, Answer]]:
         loaded: dict[Hashable, Loaded] = {}
         failed = {}
         with self.encoder.clock.timed("open"):
-            for index, question in questions.items():
-                try:
-                    messages, visuals = question.load(self.family)
-                    asked = content_of(messages, visuals)
-                except Exception as error:  # whatever a damaged document raises
-                    failed[index] = Answer.failed(error)
+            for index in window:
+                found = next(opened)
+                if isinstance(found, Answer):
+                    failed[index] = found
                 else:
-                    own = loaded.setdefault(asked if alike else index, Loaded([], messages, visuals, asked))
+                    own = loaded.setdefault(found[2] if alike else index, Loaded([], *found))
                     own.indices.append(index)
         return list(loaded.values()), failed
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Turns = list[dict[str, Any]]
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+READERS = 2  # threads that open images and videos while the model works
 
 
 @dataclass(frozen=True)
@@ -166,3 +172,26 @@ class Trace:
     selections: list[list[Selection]]
     layer_kept: dict[int, Tensor]
     layer_scores: dict[int, Tensor]
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, most: int | None = None
+) -> Iterator[Result]:
+    """`map` in order, with `threads` working at the next `most` items while the caller uses a result.
+
+    `most` is by default two for each thread.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque(pool.submit(function, item) for item in itertools.islice(items, most or 2 * threads))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,9 +25,10 @@ from rcb_lmms.engine.ledger import ledger_row, pack_kept
 from rcb_lmms.engine.options import Generation, shares_prefix
 from rcb_lmms.engine.prefix import PrefixCache
 from rcb_lmms.engine.prompts import Prompts, Ready
-from rcb_lmms.engine.questions import Answer, Question, Trace, said
+from rcb_lmms.engine.questions import READERS, Answer, Question, Trace, ahead, said
 from rcb_lmms.errors import BudgetError
 from rcb_lmms.families.clip import space_of
+from rcb_lmms.families.images import whole_images_only
 
 if TYPE_CHECKING:
     from rcb_lmms.families.base import Family
@@ -112,17 +114,19 @@ class Session:
         if self.engine is not None:
             self.engine.check(generation)
         begin = 0
-        while begin < len(questions):
-            size = WINDOW_BATCHES * self.batch_size if self.engine is None else self.engine.window
-            window = dict(enumerate(questions[begin : begin + size], begin))
-            begin += len(window)
-            clock = self.encoder.clock
-            before = clock.before_prefill()
-            ready, failed = self.prompts.of(window, alike=not generation.sampled)
-            clock.seconds["first_token"] += clock.before_prefill() - before
-            yield from failed.items()
-            for batch in self._batches(ready, generation):
-                yield from self._generate(batch, window, generation).items()
+        opened = ahead(self.prompts.open, questions, READERS, self.batch_size)
+        with whole_images_only(), contextlib.closing(opened):  # a matter of the process, not of a thread
+            while begin < len(questions):
+                size = WINDOW_BATCHES * self.batch_size if self.engine is None else self.engine.window
+                window = dict(enumerate(questions[begin : begin + size], begin))
+                begin += len(window)
+                clock = self.encoder.clock
+                before = clock.before_prefill()
+                ready, failed = self.prompts.of(window, opened, alike=not generation.sampled)
+                clock.seconds["first_token"] += clock.before_prefill() - before
+                yield from failed.items()
+                for batch in self._batches(ready, generation):
+                    yield from self._generate(batch, window, generation).items()
 
     def _batches(self, ready: list[Ready], generation: Generation) -> Iterator[list[Ready]]:
         """Prompts of like lengths together; those that share their beginnings apart from those that do not.
