@@ -124,7 +124,7 @@ def two_processes(folder: Path, images: int, repeats: int) -> list[dict[str, Any
 
 
 def plot(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
-    """Processor seconds and peak memory over the number of questions."""
+    """Processor seconds, dotted where in proportion to the first, and peak memory over the number of questions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -133,15 +133,18 @@ def plot(rows: dict[str, list[dict[str, float]]], out: Path) -> None:
         counts = [row["questions"] for row in own]
         (line,) = seconds.loglog(counts, [row["cpu_s"] for row in own], "o-", label=f"more {name}")
         linear = [own[0]["cpu_s"] * count / counts[0] for count in counts]
-        seconds.loglog(counts, linear, ":", color=line.get_color(), label="in proportion to the first")
+        seconds.loglog(counts, linear, ":", color=line.get_color(), label="_in proportion")
         memory.semilogx(counts, [row["peak_mb"] for row in own], "o-", label=f"more {name}")
     seconds.set(xlabel="questions", ylabel="processor seconds")
     highest = max(row["peak_mb"] for own in rows.values() for row in own)
     memory.set(xlabel="questions", ylabel="peak memory, MB", ylim=(0, 1.2 * highest))
     seconds.legend(frameon=False)
     memory.legend(frameon=False, loc="lower right")
+    for panel in (seconds, memory):
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.minorticks_off()
     figure.suptitle("laboratory model, one process")
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=80)
 
 
 def main() -> None:
