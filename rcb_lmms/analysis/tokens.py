@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from rcb_lmms.analysis.images import Shown
 from rcb_lmms.codebook.divergence import top1_probability
 from rcb_lmms.codebook.probe import Probe
@@ -87,6 +89,7 @@ def read_tokens(
     settings: BuildSettings,
     layers: Sequence[int],
     number: int = 0,
+    progress: bool = False,
 ) -> tuple[list[Reading], dict[int, np.ndarray]]:
     """Show the model single tokens of an image and read what it says about each.
 
@@ -97,6 +100,7 @@ def read_tokens(
         settings: prompt, article rule and copies of a token, as in building a codebook.
         layers: see `decoder_layers`.
         number: of the prompt, for the rows.
+        progress: show a bar that counts batches of tokens.
 
     Returns:
         one reading per token, and the attention `(n,)` of each layer to the whole view.
@@ -105,7 +109,8 @@ def read_tokens(
     repeats = settings.single_repeats or family.single_repeats
     attention = text_to_image_attention(family, shown, settings.prompt, layers)
     readings, probe = [], Probe(family, view.features, settings, session.batch_size)
-    for begin in range(0, len(tokens), session.batch_size):
+    begins = range(0, len(tokens), session.batch_size)
+    for begin in tqdm(begins, "tokens", unit="batch", disable=not progress):
         part = tokens[begin : begin + session.batch_size]
         sequences = [view.features[token].expand(repeats, -1) for token in part]
         logits, _ = probe.logits(sequences)

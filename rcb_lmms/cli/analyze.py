@@ -123,7 +123,8 @@ def tokens(
     wanted = decoder_layers(session.family.layers, _numbers(layers))
     readings = []
     for number, text in enumerate(prompt or [settings.prompt], 1):
-        own, attention = read_tokens(session, shown, chosen, replace(settings, prompt=text), wanted, number)
+        changed = replace(settings, prompt=text)
+        own, attention = read_tokens(session, shown, chosen, changed, wanted, number, progress=True)
         readings += own
         picture = out / f"tokens-{shown.name}{f'-prompt{number}' if prompt and len(prompt) > 1 else ''}"
         labels = {row.token: row.word for row in own} if len(own) <= 24 else {}
