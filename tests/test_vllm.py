@@ -250,18 +250,22 @@ def test_the_context_ends_an_answer_in_vllm_too_and_makes_it_fail(served):
 
 
 @pytest.mark.vllm
-def test_a_prompt_that_vllm_would_not_survive_is_refused_and_numbers_that_are_none_fail(served):
+def test_a_prompt_that_vllm_would_not_survive_is_refused(served):
     generation, width = Generation.parse("answer", FAST), served.family.width
-    for wrong in (torch.zeros(9, width - 1), torch.zeros(0, width), torch.zeros(9, width, dtype=torch.float16)):
+    wrong = [torch.zeros(9, width - 1), torch.zeros(0, width), torch.zeros(9, width, dtype=torch.float16)]
+    for embeds in (*wrong, torch.full((9, width), math.nan)):
         with pytest.raises(UserError, match="a prompt in embedding space"):
-            served.engine.generate([Prompt(wrong)], generation, [0])
-    good, bad = torch.zeros(9, width), torch.full((9, width), math.nan)
-    assert served.engine.generate([Prompt(good), Prompt(bad)], generation, [0, 0]).finite == [True, False]
+            served.engine.generate([Prompt(embeds)], generation, [0])
 
 
 @pytest.mark.vllm
-def test_vllm_that_dies_is_started_again_and_answers_the_same(served):
+def test_logits_that_are_no_numbers_fail_and_vllm_that_dies_is_started_again(served, monkeypatch):
+    generation, width = Generation.parse("answer", FAST), served.family.width
     calm = served.answer(pope()[:6], **FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "_check", lambda prompt: None)
+        bad = torch.full((9, width), math.nan)
+        assert served.engine.generate([Prompt(bad)], generation, [0]).finite == [False]
     (process,) = served.engine._llm.llm_engine.engine_core.resources.engine_manager.processes
     os.kill(process.pid, signal.SIGKILL)
     assert served.answer(pope()[:6], **FAST) == calm

@@ -153,7 +153,7 @@ class VllmEngine:
             return llm.generate(given, parameters, use_tqdm=False)
 
     def _check(self, prompt: Prompt) -> None:
-        """What vLLM would not survive is refused."""
+        """What vLLM would not survive is refused; numbers that are none stay in its memory and spoil later prompts."""
         found, wanted = prompt.embeds, (self.family.width, self.family.dtype)
         if found.ndim != 2 or not len(found) or (found.shape[1], found.dtype) != wanted:
             raise UserError(
@@ -161,6 +161,13 @@ class VllmEngine:
                 found=f"shape {tuple(found.shape)} of {found.dtype}",
                 allowed=f"shape (s, {wanted[0]}) of {wanted[1]}, s from 1",
                 next_step="check the method's features",
+            )
+        if not bool(found.isfinite().all()):
+            raise UserError(
+                wanted="a prompt in embedding space",
+                found="values that are infinite or no number",
+                allowed="finite ones",
+                next_step="check the method's features, or dtype=bfloat16 where float16 is too narrow",
             )
 
     def _parameters(self, generation: Generation, seed: int) -> Any:
