@@ -479,6 +479,18 @@ def test_runs_over_other_samples_are_refused(results):
         summary_table(collect(results)[0])
 
 
+def test_runs_of_two_codebooks_are_told_apart(results):
+    from rcb_lmms.report.flips import run_label
+
+    for name in ("no-tau_in", "llava-1.5-7b"):
+        given = {"pretrained": "lab", "keep": "8", "codebook": f"books/{name}.safetensors"}
+        write_run(results / name, "rcb", {"pope": answers(0.5)}, keep=8, arguments=given)
+    runs, _ = collect(results)
+    options = [setting.options for setting in group(runs) if setting.budget == "keep=8"]
+    assert sorted(options) == ["codebook=llava-1.5-7b", "codebook=no-tau_in"]
+    assert "rcb, codebook=no-tau_in, keep=8" in [run_label(run, False) for run in runs]
+
+
 def test_a_run_that_is_there_twice_is_refused(results):
     write_run(results / "copy", "random", {"pope": answers(0.6)}, keep=36, seed=42)
     with pytest.raises(UserError, match=r"the same run twice: .*copy and .*random42"):

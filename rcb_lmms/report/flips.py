@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rcb_lmms.report.agreement import plain
 from rcb_lmms.report.collect import Measured
 from rcb_lmms.report.gallery import Gallery, NoPictures
-from rcb_lmms.report.summary import Setting, benchmarks_of, model_of, unpruned_of
+from rcb_lmms.report.summary import Setting, benchmarks_of, model_of, told, unpruned_of
 
 # Letters of a question or an answer that the page holds.
 MOST_LETTERS = 1000
@@ -39,7 +39,7 @@ def costs(row: dict[str, Any]) -> Cost | None:
 
 def run_label(run: Measured, several_models: bool) -> str:
     """A run in a list: its method and what tells it from others of that method."""
-    shown = [f"{name}={text}" for name, text in sorted(run.arguments.items()) if name not in ("pretrained", "codebook")]
+    shown = [told(name, text) for name, text in sorted(run.arguments.items()) if name != "pretrained"]
     name = "unpruned" if run.method == "none" else run.method
     return ", ".join([name, *shown, *([model_label(run)] if several_models else [])])
 

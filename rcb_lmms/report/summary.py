@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-_PLACES = ("pretrained", "codebook", "device", "device_map", "dtype", "seed", "batch_size", "max_batch_size")
+_PLACES = ("pretrained", "device", "device_map", "dtype", "seed", "batch_size", "max_batch_size")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Setting:
     def options(self) -> str:
         """Arguments that tell this row from others of its method, the budget apart."""
         given = self.first.arguments.items()
-        return ", ".join(f"{name}={text}" for name, text in sorted(given) if name not in (*_PLACES, *BUDGETS))
+        return ", ".join(told(name, text) for name, text in sorted(given) if name not in (*_PLACES, *BUDGETS))
 
     @property
     def tasks(self) -> list[str]:
@@ -65,6 +65,12 @@ class Setting:
     def mean(self, quantity: str) -> float | None:
         """An achieved quantity, averaged over tasks and seeds."""
         return mean_of(run.mean(quantity) for run in self.runs)
+
+
+def told(name: str, text: str) -> str:
+    """An argument as rows and lists show it: a codebook without its folder."""
+    shown = PurePath(text).name.removesuffix(".safetensors") if name == "codebook" else text
+    return f"{name}={shown}"
 
 
 def group(runs: Sequence[Measured]) -> list[Setting]:
