@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rcb_lmms.analysis.images import Shown
 from rcb_lmms.codebook.divergence import divergence
-from rcb_lmms.codebook.probe import ImageStatistics, Probe, measure
+from rcb_lmms.codebook.probe import ImageStatistics, Probe, measure, window
 from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.report.drawing import drawable, save_figure
 
@@ -55,7 +56,9 @@ class Influence:
         return own.whole_ids[0], own.whole[0], without[row]
 
 
-def influence(session: Session, shown: Shown, tokens: Sequence[int], settings: BuildSettings) -> Influence:
+def influence(
+    session: Session, shown: Shown, tokens: Sequence[int], settings: BuildSettings, progress: bool = False
+) -> Influence:
     """Run the cascaded and the direct leave-one-out experiments on some tokens of an image.
 
     Args:
@@ -63,14 +66,17 @@ def influence(session: Session, shown: Shown, tokens: Sequence[int], settings: B
         shown: the image.
         tokens: raster indices.
         settings: as in building a codebook: prompt, article rule, divergence and its weights.
+        progress: show a bar that counts prompts.
     """
     family, features = session.family, shown.view.features
-    found = measure(family, shown.view, settings, session.batch_size, tokens)
-    pad = family.pad_embedding.to(features)
-    probe = Probe(family, features, settings, session.batch_size)
-    rounded, _ = probe.logits([_one_step_off(features)], skip=[probe.skips])
-    without = [torch.cat([pad[None], features[token + 1 :]]) for token in tokens]
-    direct, _ = probe.logits(without, tokens, skip=[probe.skips] * len(tokens))
+    windows = {tuple(window(token, *shown.view.grid)) for token in tokens}
+    with tqdm(total=3 * len(tokens) + 2 * len(windows) + 1, desc="prompts", disable=not progress) as bar:
+        found = measure(family, shown.view, settings, session.batch_size, tokens, bar)
+        pad = family.pad_embedding.to(features)
+        probe = Probe(family, features, settings, session.batch_size, bar)
+        rounded, _ = probe.logits([_one_step_off(features)], skip=[probe.skips])
+        without = [torch.cat([pad[None], features[token + 1 :]]) for token in tokens]
+        direct, _ = probe.logits(without, tokens, skip=[probe.skips] * len(tokens))
     direct_logits = direct.gather(-1, found.whole_ids.to(direct.device).expand(len(tokens), -1)).cpu()
     rule = {"top_k": settings.top_k, "preset": settings.preset}
     region = divergence(found.region, found.region_ablated, **rule)

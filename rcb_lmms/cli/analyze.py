@@ -160,7 +160,7 @@ def influence(
     session, settings = open_session(model, preset, batch_size, preprocess, device, dtype)
     settings = settings if prompt is None else replace(settings, prompt=prompt)
     shown = open_shown(session, image)
-    found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings)
+    found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings, progress=True)
     rows = found.combined.argsort(descending=True, stable=True)[:candidates].tolist()
     changes = study.candidate_changes(session, found, rows)
     stem = out / f"influence-{shown.name}"

@@ -13,6 +13,8 @@ from rcb_lmms.codebook.settings import TOP_K_STORED, BuildSettings
 from rcb_lmms.engine.prefill import Prefill
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from rcb_lmms.families.base import Family
     from rcb_lmms.pruners.base import VisualTokens
 
@@ -119,10 +121,11 @@ def measure(
     settings: BuildSettings,
     batch_size: int,
     patches: Sequence[int] | None = None,
+    bar: tqdm | None = None,
 ) -> ImageStatistics:
     """Run all experiments on a base view: one prompt per probed patch and kind, one for the intact view.
 
-    The probed patches are `patches`, raster indices, or by default those of `probed_patches`.
+    The probed patches are `patches`, raster indices, or by default those of `probed_patches`. A `bar` counts prompts.
 
     Source: paper 3.1, 7.2, 7.3. Every input is packed as the family packs an image, newline included. A patch is
     ablated by putting the pad embedding into its slot, behind the projector. Patches at the border have the window of
@@ -135,7 +138,7 @@ def measure(
     around = [tuple(window(patch, height, width)) for patch in index]
     windows = list(dict.fromkeys(around))
     own = [windows.index(slots) for slots in around]
-    probe = Probe(family, tokens, settings, batch_size)
+    probe = Probe(family, tokens, settings, batch_size, bar)
     single, _ = probe.logits([tokens[patch].expand(repeats, -1) for patch in index])
     region, skips = probe.logits([tokens[list(slots)] for slots in windows])
     without = [_ablate(tokens[list(slots)], [slots.index(p)], pad) for p, slots in zip(index, around, strict=True)]
@@ -178,14 +181,17 @@ class Probe:
         tokens: `(n, d)` of the view.
         settings: prompt and article rule.
         batch_size: prompts per forward pass.
+        bar: counts prompts.
 
     Attributes:
         whole: `(v,)` float32 of the intact view.
         skips: whether its answer began with an article.
     """
 
-    def __init__(self, family: Family, tokens: Tensor, settings: BuildSettings, batch_size: int):
-        self.family, self.settings, self.batch_size = family, settings, batch_size
+    def __init__(
+        self, family: Family, tokens: Tensor, settings: BuildSettings, batch_size: int, bar: tqdm | None = None
+    ):
+        self.family, self.settings, self.batch_size, self.bar = family, settings, batch_size, bar
         prompt = family.embed(family.prompt(settings.prompt), [family.pack_base(tokens)])
         self._start = prompt.spans[0][0]
         self._behind = prompt.embeds[self._start + len(tokens) :]  # a newline too, where the family has one
@@ -208,6 +214,8 @@ class Probe:
         skipped = [False] * len(sequences)
 
         def more(rows: list[int], tokens: list[int]) -> list[bool]:
+            if self.bar is not None:
+                self.bar.update(len(rows))
             for row, token in zip(rows, tokens, strict=True):
                 skipped[row] = skip[row] if skip is not None and self.settings.strict else self._is_article(token)
             return [skipped[row] for row in rows]
