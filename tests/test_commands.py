@@ -43,6 +43,9 @@ ELSEWHERE = {
     "eval_configs/thresholds/llava-1.5-7b-hf.yaml": "thresholds of a real checkpoint",
     "fastv:rank=144": "a checkpoint of more tokens than the laboratory's 144",
     "rcb captions": "Java",
+    "llava-onevision-qwen2-72b": "a checkpoint of 72 billion parameters",
+    "quantization=": "bitsandbytes, see tests/test_placement.py",
+    "engine=vllm": "vLLM, see tests/test_vllm.py",
 }
 # What takes minutes, and the workflow that runs it.
 WORKFLOWS = {"rcb quickstart": "test.yml", "rcb regress check": "regress.yml"}

@@ -268,7 +268,9 @@ def test_methods_that_keep_everything_are_the_unpruned_model(family, entry, docu
     for method in ("rcb", "stride", "downsample"):
         texts, counts = ask(entry(family, method, ratio=1, **pack), documents)
         assert texts == unpruned
-        assert [row.to_dict() for row in counts] == [row.to_dict() for row in native]
+        # RCB has compared every token with its codebook all the same.
+        assert [row.method_tflops > 0 for row in counts] == [method == "rcb" and row.visual_views > 0 for row in native]
+        assert [{**row.to_dict(), "method_tflops": 0.0} for row in counts] == [row.to_dict() for row in native]
 
 
 # Budgets per view and per image
