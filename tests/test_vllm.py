@@ -104,7 +104,7 @@ def test_a_model_without_its_decoder_makes_the_same_prompts_and_answers_nothing(
 
 def prompts(family, asked):
     session = Session(family, make_pruner("none"), engine=Handed(family))
-    ready, failed = session.prompts.of(dict(enumerate(asked)))
+    ready, failed = session.prompts.of(range(len(asked)), map(session.prompts.open, asked))
     assert not failed
     return [own.prompt for own in ready]
 
