@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Question, Turns
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -71,28 +69,20 @@ def _by_image(questions: list[Request], indices: list[int]) -> list[int]:
 
     Images are told apart as the data set stores them, undecoded; without any, the order stays.
     """
-    stored = _stored_images(questions[indices[0]].dataset)
-    if stored is None:
+    dataset = questions[indices[0]].dataset
+    columns = _image_columns(getattr(dataset, "features", None) or {})
+    if not columns:
         return indices
+    stored = dataset.select_columns(columns).with_format("arrow")
     groups: dict[int, list[int]] = {}
     for index in indices:
-        groups.setdefault(hash(pickle.dumps(stored[questions[index].doc_id])), []).append(index)
+        groups.setdefault(hash(pickle.dumps(stored[questions[index].doc_id].to_pylist())), []).append(index)
     return list(itertools.chain(*groups.values()))
 
 
-def _stored_images(dataset: Any) -> Dataset | None:
-    """The columns of a data set that hold images or lists of images, undecoded; `None` if there are none."""
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    """Names of the columns that hold images, or lists of images."""
     from datasets import Image, List
 
-    columns = {}
-    for name, feature in (getattr(dataset, "features", None) or {}).items():
-        if isinstance(feature, Image):
-            columns[name] = Image(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            columns[name] = List(Image(decode=False))
-    if not columns:
-        return None
-    stored = dataset.select_columns(list(columns))
-    for name, feature in columns.items():
-        stored = stored.cast_column(name, feature)
-    return stored
+    inner = {name: own.feature if isinstance(own, List) else own for name, own in features.items()}
+    return [name for name, own in inner.items() if isinstance(own, Image)]

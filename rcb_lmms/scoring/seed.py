@@ -40,10 +40,9 @@ def process(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
 
 
 def _digests(dataset: Dataset) -> list[str]:
-    from datasets import Image, List
-
-    stored = dataset.select_columns(["image"]).cast_column("image", List(Image(decode=False)))
+    # As Arrow, undecoded: casting a column of lists would write a copy of the data set.
+    rows = (row["image"].to_pylist()[0] for row in dataset.select_columns(["image"]).with_format("arrow"))
     return [
-        hashlib.sha256(b"".join(image["bytes"] or image["path"].encode() for image in row["image"])).hexdigest()[:16]
-        for row in stored
+        hashlib.sha256(b"".join(image["bytes"] or image["path"].encode() for image in images)).hexdigest()[:16]
+        for images in rows
     ]
