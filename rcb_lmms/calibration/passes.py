@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rcb_lmms.calibration.documents import READERS, Documents, Opened, ahead, shown
+from rcb_lmms.calibration.documents import Documents, Opened, shown
 from rcb_lmms.calibration.scores import ImageScores, Medium, Scores, Store
 from rcb_lmms.engine.processes import gather, rank_and_size
+from rcb_lmms.engine.questions import READERS, ahead
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.families.images import Visual, whole_images_only
 from rcb_lmms.pruners.views import joined

@@ -67,8 +67,11 @@ class PrefixCache:
 
         Those that two of the prompts have, and those that are remembered; `None` names nothing.
         """
-        own = {name: count for name, count in Counter(names).items() if name is not None}
-        return {name for name, count in own.items() if self.always or count > 1 or name in self._stored}
+        return {
+            name
+            for name, count in Counter(names).items()
+            if name is not None and (self.always or count > 1 or name in self._stored)
+        }
 
     def continued(self, prompts: Sequence[Prompt]) -> Continued:
         """A batch of prompts behind their prefixes."""

@@ -26,8 +26,8 @@ def make_task_manager(
     from rcb_lmms.resources import data_dir
 
     folders = [str(data_dir("tasks")), *([] if include_path is None else [str(include_path)])]
-    found = list(task_configs(tasks, folders))
-    if not tasks or not {*tasks} <= {name for name, _, _ in found}:  # patterns, files, tags
+    found = list(task_configs(tasks, folders)) if tasks else []
+    if not found or not {*tasks} <= {name for name, _, _ in found}:  # patterns, files, tags
         return TaskManager("ERROR", include_path=folders, model_name=entry)
     theirs = dict.fromkeys(str(file.parent) for _, file, _ in found)
     return TaskManager("ERROR", include_path=[*theirs, *folders], include_defaults=False, model_name=entry)
