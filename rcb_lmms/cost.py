@@ -37,16 +37,23 @@ class DecoderShape:
             vocabulary=text.vocab_size,
         )
 
+    @property
+    def inner(self) -> int:
+        """Width of the queries of all heads."""
+        return self.heads * self.head_width
+
+    @property
+    def inner_kv(self) -> int:
+        """Width of the keys, and of the values, of all heads."""
+        return self.kv_heads * self.head_width
+
     def layer_flops(self, n: int) -> int:
         """FLOPs of one layer over `n` tokens: projections, full (not halved for causality) attention, gated MLP."""
-        inner = self.heads * self.head_width
-        inner_kv = self.kv_heads * self.head_width
-        return 4 * n * self.d * (inner + inner_kv) + 4 * n * n * inner + 6 * n * self.d * self.m
+        return 4 * n * self.d * (self.inner + self.inner_kv) + 4 * n * n * self.inner + 6 * n * self.d * self.m
 
     def rows_flops(self, rows: int, n: int) -> int:
         """FLOPs of the attention of `rows` tokens to `n`, without values: their queries, all keys, the products."""
-        inner, inner_kv = self.heads * self.head_width, self.kv_heads * self.head_width
-        return 2 * rows * self.d * inner + 2 * n * self.d * inner_kv + 2 * rows * n * inner
+        return 2 * rows * self.d * self.inner + 2 * n * self.d * self.inner_kv + 2 * rows * n * self.inner
 
     def prefill_flops(self, n: int, pruned_layer: int | None = None, n_pruned: int | None = None) -> int:
         """FLOPs of a prefill of `n` tokens, of which `n_pruned` are left from layer `pruned_layer` on (FastV).
@@ -71,9 +78,8 @@ class DecoderShape:
             n: keys that the prefill left in a layer, mean over layers.
             new: length of the answer.
         """
-        inner, inner_kv = self.heads * self.head_width, self.kv_heads * self.head_width
-        fixed = self.layers * (4 * self.d * (inner + inner_kv) + 6 * self.d * self.m) + self.head_flops()
-        return sum(fixed + 4 * self.layers * (n + step) * inner for step in range(1, new))
+        fixed = self.layers * (4 * self.d * (self.inner + self.inner_kv) + 6 * self.d * self.m) + self.head_flops()
+        return sum(fixed + 4 * self.layers * (n + step) * self.inner for step in range(1, new))
 
     def fastv_paper_macs(self, n: int) -> int:
         """The FastV paper's `4nd^2 + 2n^2d + 2ndm` for one layer, in multiply-adds.
@@ -89,7 +95,7 @@ class DecoderShape:
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Key/value cache of one token over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_width * bytes_per_value
+        return 2 * self.layers * self.inner_kv * bytes_per_value
 
 
 def tower_flops(vision: Any, patches: int, cls: bool, blocks: int | None = None) -> int:
