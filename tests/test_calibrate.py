@@ -30,6 +30,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.images import Visual
 from rcb_lmms.models.benchmarks import documents_of, load_benchmarks
+from rcb_lmms.models.rows import Rows
 from rcb_lmms.pruners import make_pruner
 
 # A base view and 2, 2 or 4 tiles of the tiny LLaVA-NeXT.
@@ -366,7 +367,7 @@ def test_videos_and_several_images_on_a_tower_without_cls_token(tmp_path, cache,
         calibrate_tasks(str(checkpoint), {}, parse_targets("prumerge"), codebook=str(codebook_file))
 
 
-class Rows(list):
+class InMemory(list):
     """Documents in memory; a data set has a name."""
 
     _fingerprint = "rows"
@@ -379,7 +380,7 @@ def messages(items):
 
 
 def run_pass(family, codebook_file, items, **options):
-    documents = documents_of("mixed", Rows(items), messages, range(len(items)))
+    documents = documents_of("mixed", Rows(InMemory(items)), messages, range(len(items)))
     encoder = ImageEncoder(family, frozenset(), store_bytes=0)
     return score_pass(encoder, make_pruner("rcb", codebook=codebook_file), {}, documents, **options)
 

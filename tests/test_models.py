@@ -56,6 +56,7 @@ def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
     from datasets import Dataset, Features, Image, List, Value
 
     from rcb_lmms.models.requests import Request, grouped
+    from rcb_lmms.models.rows import Rows
 
     for name in "ab":
         tiny.random_image(ord(name)).save(tmp_path / f"{name}.png")
@@ -63,8 +64,8 @@ def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
     one, several = Generation.parse("t", {}), Generation.parse("u", {})
 
     def ask(task, generation, features, column):
-        data = Dataset.from_dict({"image": column, "question": list("wxyz")}, Features(features))
-        return [Request(task=task, doc_id=n, generation=generation, dataset=data) for n in (0, 1, 2, 3)]
+        rows = Rows(Dataset.from_dict({"image": column, "question": list("wxyz")}, Features(features)))
+        return [Request(task=task, doc_id=n, generation=generation, rows=rows) for n in (0, 1, 2, 3)]
 
     texts = {"question": Value("string")}
     questions = ask("t", one, {"image": Image(), **texts}, pictures)
@@ -75,6 +76,47 @@ def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
         (("u", several), [4, 6, 5, 7]),
         (("v", one), [8, 9, 10, 11]),
     ]
+
+
+def shown(value):
+    """A document with the pixels of its images, which PIL compares by their class too."""
+    if isinstance(value, dict):
+        return [(name, shown(own)) for name, own in value.items()]
+    return [shown(own) for own in value] if isinstance(value, list) else getattr(value, "tobytes", lambda: value)()
+
+
+def test_rows_are_the_data_sets_own_and_a_stored_image_is_decoded_once(tmp_path, monkeypatch):
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    from rcb_lmms.models.rows import Rows
+
+    files = []
+    for name in "ab":
+        tiny.random_image(ord(name)).save(tmp_path / f"{name}.png")
+        files.append({"bytes": (tmp_path / f"{name}.png").read_bytes(), "path": None})
+    columns = {
+        "question": (Value("string"), list("wxyz")),
+        "image": (Image(), [*files, files[0], str(tmp_path / "b.png")]),
+        "several": (List(Image()), [files, [], files[:1], files[::-1]]),
+        "kind": (ClassLabel(names=["p", "q"]), [0, 1, 1, 0]),
+        "none": (Image(), [None, *files, None]),
+    }
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    data = Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features)
+    rows = Rows(data)
+    for number in (3, 0, 1, 2):
+        assert shown(rows[number]) == shown(data[number])
+    rows[0]["image"].paste("white", (0, 0, 8, 8))
+    assert shown(rows[2]) == shown(data[2])
+
+    decoded = []
+    decode = Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda self, stored: decoded.append(stored) or decode(self, stored))
+    fresh = Rows(data)
+    assert [fresh[number]["question"] for number in (0, 1, 2, 0)] == list("wxyw")
+    assert [stored["bytes"] for stored in decoded] == [file["bytes"] for file in files]
+    assert Rows([{"image": 7}])[0] == {"image": 7}
+    assert Rows(data.with_format("numpy")).by_image([0, 2]) == [[0, 1]]
 
 
 def test_manifests_name_classes_that_exist_and_import_no_torch():
@@ -375,6 +417,7 @@ def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tm
     from rcb_lmms.models import journal
     from rcb_lmms.models.record import VisualTokenCounts
     from rcb_lmms.models.requests import Request
+    from rcb_lmms.models.rows import Rows
 
     family = load_family(checkpoint)
     folder = tmp_path / "answers"
@@ -382,7 +425,7 @@ def test_answers_to_other_words_or_images_or_by_other_code_are_not_taken_over(tm
     def question(text, seed=0):
         content = [{"type": "image", "url": tiny.random_image(seed)}, {"type": "text", "text": text}]
         arguments = ("", lambda doc: [{"role": "user", "content": content}], {}, 1, "t", "s")
-        return Request.of(SimpleNamespace(args=arguments, metadata=None), {"t": {"s": [None, None]}}, 0)
+        return Request.of(SimpleNamespace(args=arguments, metadata=None), Rows([None, None]), 0)
 
     asked, fitted = question("What? Answer in one word."), {"threshold": 0.5}
     answer = GenerationResult("yes", VisualTokenCounts(input_tokens=9, visual_kept=4, kept=["16:8A=="]))

@@ -26,7 +26,7 @@ from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.benchmarks import calibrate_requests
 from rcb_lmms.models.journal import Journal
 from rcb_lmms.models.record import RunRecord, VisualTokenCounts, report_metrics, summarize, versions
-from rcb_lmms.models.requests import Request, grouped
+from rcb_lmms.models.requests import Request, grouped, questions_of
 from rcb_lmms.pruners.base import Pruner
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class PrunedModel(lmms):
             if invocation.asked_through_cache():
                 raise invocation.cache_refused()
             started, worked = time.perf_counter(), time.process_time()
-            questions = [Request.of(request, self.task_dict, self.settings.seed) for request in requests]
+            questions = questions_of(requests, self.task_dict, self.settings.seed)
             groups = grouped(questions)
             pruners = {
                 task: self._pruner_for(task, [questions[index] for _, indices in own for index in indices])

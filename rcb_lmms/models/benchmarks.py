@@ -11,6 +11,7 @@ from rcb_lmms.calibration import Calibration, Documents, data_hash, fit, score_p
 from rcb_lmms.engine.processes import gather
 from rcb_lmms.engine.questions import load_turns
 from rcb_lmms.errors import UserError
+from rcb_lmms.models.rows import Rows
 from rcb_lmms.models.task_data import check_data, unloadable
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def documents_of(name: str, dataset: Any, messages: Any, numbers: Sequence[int]) -> Documents:
-    """Documents of a data set, by number, with the function that makes chat turns of one."""
+def documents_of(name: str, rows: Rows, messages: Any, numbers: Sequence[int]) -> Documents:
+    """Documents of a split, by number, with the function that makes chat turns of one."""
 
     def media(family: Family, number: int) -> list[Visual]:
-        return load_turns(family, name, messages(dataset[number]))[1]
+        return load_turns(family, name, messages(rows[number]))[1]
 
-    return Documents(name, numbers, media, getattr(dataset, "_fingerprint", None))
+    return Documents(name, numbers, media, rows.fingerprint)
 
 
 def documents_of_run(task: str, questions: Sequence[Request]) -> Documents:
@@ -43,7 +44,7 @@ def documents_of_run(task: str, questions: Sequence[Request]) -> Documents:
     made = getattr(getattr(messages, "__self__", None), "instances", None)
     requests = made or [question.request for question in questions]
     own = {request.args[3] for request in requests if not (request.metadata or {}).get("__padding_only__")}
-    return documents_of(task, questions[0].dataset, messages, sorted(set().union(*gather(own))))
+    return documents_of(task, questions[0].rows, messages, sorted(set().union(*gather(own))))
 
 
 def calibrate_requests(
@@ -122,4 +123,4 @@ def _benchmarks(loaded: Mapping[Any, Any]) -> dict[str, dict[str, Documents]]:
 
 
 def _documents_of_task(name: str, task: Any) -> Documents:
-    return documents_of(name, task.eval_docs, task.doc_to_messages, range(len(task.eval_docs)))
+    return documents_of(name, Rows(task.eval_docs), task.doc_to_messages, range(len(task.eval_docs)))

@@ -1,0 +1,102 @@
+"""Documents of a split by number, whose images are decoded once however many of them hold one."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache, cached
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Pixels that are remembered: some 280 images of 640 x 480.
+DECODED_BYTES = 256 << 20
+
+
+class Rows:
+    """Documents as their data set gives them, each read when it is asked for.
+
+    POPE stores each image eighteen times, and a fitted budget reads every document once more. An image that a column
+    holds, alone or in a list, is decoded once for all documents that store the same bytes, and each gets a copy of its
+    own, since a task may change it. Threads may share this.
+
+    Args:
+        dataset: of `datasets`, or any sequence, whose items are given as they are.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        remembered = LRUCache(DECODED_BYTES, _bytes_of)
+        # Threads that want one image at once wait for the first of them.
+        self._decoded = cached(remembered, itemgetter("bytes"), condition=threading.Condition())(_decode)
+
+    def __getitem__(self, number: int) -> Any:
+        if not self._images:
+            return self.dataset[number]
+        (row,) = self._arrow[number].to_pylist()
+        for name in self._images:
+            value = row[name]
+            row[name] = list(map(self._image, value)) if isinstance(value, list) else self._image(value)
+        return self._others.decode_example(row) if self._others else row
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names the data, where it has a name that changes with its content."""
+        return getattr(self.dataset, "_fingerprint", None)
+
+    def by_image(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Places in `numbers` of documents with the same images, told apart as they are stored; all, if none has any.
+
+        Groups come in the order of their first document.
+        """
+        if not self._images:
+            return [list(range(len(numbers)))]
+        stored = self._arrow.select_columns(self._images)
+        groups: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            groups.setdefault(hash(pickle.dumps(stored[number].to_pylist())), []).append(place)
+        return list(groups.values())
+
+    @cached_property
+    def _images(self) -> list[str]:
+        """Columns that hold an image or a list of images; none of a data set that has another format than Python's."""
+        from datasets import Image, List
+
+        features = getattr(self.dataset, "features", None)
+        if not features or self.dataset.format["type"] is not None:
+            return []
+        inner = {name: own.feature if isinstance(own, List) else own for name, own in features.items()}
+        return [name for name, own in inner.items() if isinstance(own, Image) and own.decode]
+
+    @cached_property
+    def _arrow(self) -> Any:
+        return self.dataset.with_format("arrow")
+
+    @cached_property
+    def _others(self) -> Any:
+        """How to decode the columns that hold no image."""
+        from datasets import Features, Value
+
+        features = self.dataset.features
+        return Features({name: Value("null") if name in self._images else own for name, own in features.items()})
+
+    def _image(self, stored: dict[str, Any] | None) -> Image | None:
+        if stored is None:
+            return None
+        # A file may change.
+        return _decode(stored) if stored["bytes"] is None else self._decoded(stored).copy()
+
+
+def _decode(stored: dict[str, Any]) -> Image:
+    from datasets import Image
+
+    return Image().decode_example(stored)
+
+
+def _bytes_of(image: Image) -> int:
+    return image.width * image.height * len(image.getbands())
