@@ -147,16 +147,12 @@ def _fitted(model: PrunedModel, run: RunRecord, task: str) -> Pruner:
     return with_parameters(model.settings.pruner, calibration["fitted"]) if calibration else model.settings.pruner
 
 
-def _samples(
-    name: str, task: Any, names: list[str], results: dict[str, Any], session: Session
-) -> Iterator[Sample]:
-    from rcb_lmms.models.requests import Request
+def _samples(name: str, task: Any, names: list[str], results: dict[str, Any], session: Session) -> Iterator[Sample]:
+    from rcb_lmms.models.requests import questions_of
 
     rows = {row["doc_id"]: row for row in results["samples"][name]}
-    for request in task.instances:
-        question = Request.of(request, {name: task.dataset}, 0)
-        row = rows[request.doc_id]
-        yield _sample(names[request.doc_id], question, row, session)
+    for question in questions_of(task.instances, {name: task.dataset}, seed=0):
+        yield _sample(names[question.doc_id], question, rows[question.doc_id], session)
 
 
 def _sample(name: str, question: Request, row: dict[str, Any], session: Session) -> Sample:
