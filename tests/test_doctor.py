@@ -48,9 +48,7 @@ def test_nothing_heavy_is_imported_to_see_the_entries():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize(
-    ("installed", "good"), [("0.7.3", True), ("0.7.4", False), ("0.7.2", False), (None, False)]
-)
+@pytest.mark.parametrize(("installed", "good"), [("0.7.3", True), ("0.7.4", False), ("0.7.2", False), (None, False)])
 def test_versions_are_held_against_the_declared_bounds(monkeypatch, capsys, installed, good):
     real = metadata.version
 

@@ -150,9 +150,7 @@ class Session:
 
     # From prompts to answers
 
-    def _generate(
-        self, batch: list[Ready], window: dict[int, Question], generation: Generation
-    ) -> dict[int, Answer]:
+    def _generate(self, batch: list[Ready], window: dict[int, Question], generation: Generation) -> dict[int, Answer]:
         """Answers of one batch; halved where it fails, until it fits or the failing question stands alone."""
         import torch
 

@@ -106,9 +106,7 @@ class PackedImage:
         return self.rows.embeds
 
 
-def places_of(
-    views: Sequence[VisualTokens], selections: Sequence[Selection], rows: Rows
-) -> tuple[Tensor | None, int]:
+def places_of(views: Sequence[VisualTokens], selections: Sequence[Selection], rows: Rows) -> tuple[Tensor | None, int]:
     """Where packed rows of pruned views would stand if nothing were pruned, `(k,)`, and how many rows there would be.
 
     A rewritten token stands where its method says, PruMerge's residual token and tokens of zeros at the end of their

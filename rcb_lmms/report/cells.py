@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # model_args that say where a model runs, not what it answers.
 PLACES = {"pretrained", "device", "device_map", "dtype", "attn_implementation", "video_backend"}
 
+
 @dataclass(frozen=True)
 class Measured:
     """One run and what it says for a cell.

@@ -11,9 +11,7 @@ from typing import Any
 from rcb_lmms.models.task_data import task_configs
 
 
-def make_task_manager(
-    entry: str = "default", include_path: str | Path | None = None, tasks: Sequence[str] = ()
-) -> Any:
+def make_task_manager(entry: str = "default", include_path: str | Path | None = None, tasks: Sequence[str] = ()) -> Any:
     """lmms-eval's tasks with ours and a folder's beside them.
 
     Args:
