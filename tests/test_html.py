@@ -297,6 +297,16 @@ def test_stages_of_runs_that_were_joined_are_those_of_all(tmp_path):
     assert cost[1:6] == ["250.00", "500.00", "1000.00", "250.00", "2000.00"]
 
 
+def test_a_run_whose_answers_were_all_there_before_has_no_speed(results):
+    record = json.loads((results / "rcb" / "run.json").read_text())
+    record["totals"] |= {"questions_per_second": 0.0, "resumed_questions": COUNT}
+    (results / "rcb" / "run.json").write_text(json.dumps(record))
+    page = written(results)
+    (heading,) = (row for row in page.rows if "questions/s" in row)
+    unpruned, rcb = (dict(zip(heading, row, strict=True)) for row in page.rows if row[0] in ("none", "rcb"))
+    assert (unpruned["questions/s"], rcb["questions/s"]) == ("6.2", "")
+
+
 def test_texts_and_kept_tokens_are_bounded_too(results, monkeypatch):
     monkeypatch.setattr(html, "MOST_LETTERS", 150)
     (own,) = written(results).data()["benchmarks"]

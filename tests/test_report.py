@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -723,6 +724,31 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     assert changed == ["fastv-2"]
     with pytest.raises(UserError, match="runs over different samples cannot be compared"):
         quickstart(tmp_path / "quick", **options | {"sizes": {"pope": 2, "mme": 1}})
+
+
+def test_quickstart_side_by_side_gives_what_one_run_after_another_gives(tmp_path, monkeypatch, capsys):
+    import joblib
+
+    from rcb_lmms.runs.quickstart import quickstart
+
+    monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
+    options = {"budgets": (36,), "seeds": (0,), "sizes": {"pope": 2, "mme": 1}, "methods": ("rcb",)}
+    answers, used = {}, {}
+    for cores in (1, 2):
+        monkeypatch.setattr(joblib, "cpu_count", lambda cores=cores: cores)
+        out = quickstart(tmp_path / str(cores), **options)
+        files = sorted(out.glob("runs/*/samples_*.jsonl"))
+        assert len(files) == 6
+        answers[cores] = [
+            [json.loads(line)["filtered_resps"] for line in file.read_text().splitlines()] for file in files
+        ]
+        used[cores] = {json.loads(file.read_text())["process"] for file in out.glob("runs/*/run.json")}
+    assert answers[1] == answers[2]
+    assert sum(map(len, answers[1])) == 3 * (36 + 4)
+    assert used[1] == {os.getpid()}
+    assert os.getpid() not in used[2]
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if "/3] " in line]
+    assert sorted(name for *_, name in lines) == sorted(["full", "rcb-36", "random-36-seed0"] * 2)
 
 
 @pytest.mark.parametrize("save", [tiny_next.save_next, tiny_onevision.save_onevision])

@@ -129,6 +129,11 @@ class Measured:
         asked = totals.get("questions", 0) - totals.get("resumed_questions", 0)
         return totals[f"seconds_{stage}"] / asked if asked and f"seconds_{stage}" in totals else None
 
+    @property
+    def questions_per_second(self) -> float | None:
+        """Of the record; `None` if it lacks it, and where every answer was taken over from an interrupted run."""
+        return self.record["totals"].get("questions_per_second") or None
+
     def _shares(self, task: str) -> float:
         """How often a question of a task spends the budget: once for each of its views, unless that is per image."""
         per_view = self.record["resolved"].get("per", "view") == "view"
@@ -207,8 +212,8 @@ def _join(place: Path, parts: list[Measured]) -> Measured:
         return {name: value for part in parts for name, value in of_part(part).items()}
 
     totals = [part.record["totals"] for part in parts]
-    speeds = [(total.get("questions", 0), total.get("questions_per_second")) for total in totals]
-    seconds = None if any(not speed for _, speed in speeds) else sum(number / speed for number, speed in speeds)
+    speeds = [(part.record["totals"].get("questions", 0), part.questions_per_second) for part in parts]
+    seconds = None if any(speed is None for _, speed in speeds) else sum(number / speed for number, speed in speeds)
     record = parts[0].record | {
         "calibrations": union(lambda part: part.record["calibrations"]),
         "achieved": union(lambda part: part.record["achieved"]),

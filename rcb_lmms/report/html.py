@@ -217,7 +217,7 @@ def _label(setting: Setting) -> str:
 
 
 def _speed(setting: Setting) -> float | None:
-    return mean_of(run.record["totals"].get("questions_per_second") for run in setting.runs)
+    return mean_of(run.questions_per_second for run in setting.runs)
 
 
 def _stages(setting: Setting) -> dict[str, float]:

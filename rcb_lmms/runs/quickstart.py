@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +28,7 @@ METHODS = ("rcb", "prumerge", "prumerge_plus", "fastv")
 SEEDS = (42, 0, 1234)
 BATCH_SIZE = 64
 SCENES = 3
+MOST_AT_ONCE = 4  # processes of 1.5 GB
 FAMILY = "llava"
 
 
@@ -100,11 +105,20 @@ def quickstart(
     pretrained, codebook = _absolute(pretrained), _absolute(codebook)
     _check_inputs(pretrained, codebook)
     planned = steps(pretrained, codebook, budgets, seeds, methods)
-    with _quiet(out / "log.txt"):
+    log = write_atomic(out / "log.txt", "")
+    at_once = _at_once(pretrained)
+    with _quiet(log):
+        ready = _side_by_side(at_once, _prepare, [(pretrained, log, os.getpid())] * at_once if at_once > 1 else [])
         data = _write_data(out / "data", sizes)
-        _run_all(planned, out / "runs", data)
+        list(ready)
+        made = _side_by_side(at_once, _run, [(step, out / "runs", data, log) for step in planned])
+        for number, told in enumerate(made, 1):
+            print(f"[{number:2}/{len(planned)}] {told}", flush=True)
         print("writing the table, the plot, pictures and the report", flush=True)
-        excluded = _report(planned, out, data, budgets)
+        drawn = _side_by_side(at_once, _draw_pictures, [(planned, out, keep, log) for keep in budgets])
+        excluded = _report(out, data)
+        list(drawn)
+        write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{len(planned)} runs, {minutes:.1f} minutes. Everything is in {out}:\n{index(out)}")
     if excluded:
@@ -134,7 +148,6 @@ def _check_inputs(pretrained: str, codebook: str | None) -> None:
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
     """Progress bars and warnings of fifteen runs go to a file; errors still end the program."""
-    write_atomic(log, "")
     with log.open("a", encoding="utf-8") as handle, contextlib.redirect_stderr(handle):
         yield
 
@@ -158,36 +171,71 @@ def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
     return data
 
 
-def _run_all(planned: Sequence[Step], runs: Path, data: Path) -> None:
+def _at_once(pretrained: str) -> int:
+    """How many runs are made side by side: of the laboratory's small model on a CPU, one for each core."""
+    from joblib import cpu_count
+
+    from rcb_lmms.families.loading import chosen_device
+    from rcb_lmms.lab.checkpoint import is_lab
+
+    return min(MOST_AT_ONCE, cpu_count()) if is_lab(pretrained) and chosen_device(None) == "cpu" else 1
+
+
+def _side_by_side(at_once: int, work: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Results of `work` on items as they come, from processes that begin at once; from this one if it is alone."""
+    from joblib import Parallel, cpu_count, delayed, parallel_config
+
+    with parallel_config("loky", inner_max_num_threads=max(1, cpu_count() // at_once)):
+        made = Parallel(at_once, return_as="generator_unordered", batch_size=1)
+        return made(delayed(work)(*item) for item in items)
+
+
+def _prepare(pretrained: str, log: Path, parent: int) -> None:
+    """Import what runs need, which takes seconds in which another process can write their data."""
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    from lmms_eval import evaluator  # noqa: F401
+
+    from rcb_lmms.families import load_family
+
+    with _quiet(log):
+        _tasks()
+        load_family(pretrained, family=FAMILY)
+        gc.freeze()  # lmms-eval collects garbage behind every run, and need not look at all this again
+
+
+def _end_with(parent: int) -> None:
+    """End this process when that which started it was killed: the same command, given again, needs its folders."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _run(step: Step, runs: Path, data: Path, log: Path) -> str:
+    """Make a run, and say its name and what became of it."""
     from rcb_lmms.runs.folder import finished, locked, run_evaluation
-    from rcb_lmms.runs.tasks import make_task_manager, working_directory
+    from rcb_lmms.runs.tasks import working_directory
 
-    manager = None
-    with working_directory(data):
-        for number, step in enumerate(planned, 1):
-            print(f"[{number:2}/{len(planned)}] {step.name:<22}", end="", flush=True)
-            if done := finished(runs / step.name):
-                print("done before")
-            began = time.perf_counter()
-            with locked(runs / step.name):
-                manager = manager or (None if done else make_task_manager(tasks=TASKS))
-                try:
-                    run_evaluation(
-                        step.entry,
-                        step.arguments,
-                        list(TASKS),
-                        runs / step.name,
-                        batch_size=BATCH_SIZE,
-                        task_manager=manager,
-                    )
-                except BudgetError as error:
-                    print(f"refused: {error.wanted}; {error.allowed}", flush=True)
-                    continue
-            if not done:
-                print(f"{time.perf_counter() - began:5.1f} s", flush=True)
+    name = f"{step.name:<22}"
+    with _quiet(log), working_directory(data), locked(runs / step.name):
+        if finished(runs / step.name):
+            return f"{name}done before"
+        began, folder = time.perf_counter(), runs / step.name
+        try:
+            options = {"batch_size": BATCH_SIZE, "task_manager": _tasks()}
+            run_evaluation(step.entry, step.arguments, list(TASKS), folder, **options)
+        except BudgetError as error:
+            return f"{name}refused: {error.wanted}; {error.allowed}"
+    return f"{name}{time.perf_counter() - began:5.1f} s"
 
 
-def _report(planned: Sequence[Step], out: Path, data: Path, budgets: Sequence[int]) -> list[Excluded]:
+@functools.cache
+def _tasks() -> Any:
+    from rcb_lmms.runs.tasks import make_task_manager
+
+    return make_task_manager(tasks=TASKS)
+
+
+def _report(out: Path, data: Path) -> list[Excluded]:
     from rcb_lmms.report.collect import collect
     from rcb_lmms.report.html import write_report
     from rcb_lmms.report.plots import accuracy_plot
@@ -196,24 +244,23 @@ def _report(planned: Sequence[Step], out: Path, data: Path, budgets: Sequence[in
     runs, excluded = collect(out / "runs")
     table = write_tables(runs, excluded, out)
     accuracy_plot(table, out / "accuracy")
-    _draw_pictures(planned, out, budgets)
     write_report(out / "runs", out / "report.html", [data])
-    write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
     print(for_terminal(table))
     return excluded
 
 
-def _draw_pictures(planned: Sequence[Step], out: Path, budgets: Sequence[int]) -> None:
+def _draw_pictures(planned: Sequence[Step], out: Path, keep: int, log: Path) -> None:
+    """What each method keeps of example images at one budget."""
     from rcb_lmms.families import load_family
     from rcb_lmms.models.arguments import resolve
     from rcb_lmms.pruners import PRUNERS
     from rcb_lmms.report.pictures import fitted, kept_tokens_picture
     from rcb_lmms.runs.folder import finished
 
-    family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
-    images = [family.open(image).image for image in example_images()]
-    for keep in budgets:
-        chosen = {}
+    chosen = {}
+    with _quiet(log):
+        family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
+        images = [family.open(image).image for image in example_images()]
         for step in planned:
             whole = finished(out / "runs" / step.name)
             drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
