@@ -20,7 +20,7 @@ def quickstart(
         str | None, typer.Option(help="Comma-separated, beside the unpruned model and random; by default four.")
     ] = None,
 ) -> None:
-    """Compare methods on the laboratory model: one table, one plot, pictures of kept tokens. A minute and a half on two free cores."""
+    """Compare methods on the laboratory model: table, plot, kept tokens, report. A minute and a half on two cores."""
     from rcb_lmms.runs.quickstart import METHODS, TASKS
     from rcb_lmms.runs.quickstart import quickstart as run
 
