@@ -203,7 +203,7 @@ def test_numbers_that_are_not_finite_are_no_answer(family, monkeypatch):
     assert session(family).answer(questions, **FAST) == calm
 
 
-def test_the_same_words_about_the_same_image_are_answered_once_unless_answers_are_drawn(family, monkeypatch):
+def test_the_same_words_about_the_same_image_are_answered_once_unless_drawn_or_each_by_itself(family, monkeypatch):
     twice = [Question(text, [tiny.random_image(n)], name=str(n)) for text in "ab" for n in (0, 1, 0, 1)]
     expected = [session(family).answer([question], **FAST)[0] for question in twice]
     asked_for, generate = [], module.generate
@@ -217,6 +217,8 @@ def test_the_same_words_about_the_same_image_are_answered_once_unless_answers_ar
     assert len(asked_for) == 4
     session(family).answer(twice, do_sample=True, temperature=1.0, **FAST)
     assert len(asked_for) == 4 + 8
+    assert session(family, prefix_cache="off").answer(twice, **FAST) == expected
+    assert len(asked_for) == 4 + 8 + 8
 
 
 def test_what_fails_once_fails_all_who_ask_the_same(family):

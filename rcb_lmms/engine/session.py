@@ -51,7 +51,8 @@ class Session:
         positions: `contiguous` numbers what stays; `original` leaves every token of the prompt and the answer at the
             rotary position that it would have without pruning before the language model.
         prefix_cache: `auto` computes what questions about one image have in common once, where it may and where
-            questions share it; `on` demands it, `off` never does. In float32 answers are the same.
+            questions share it, and answers equal questions once; `on` demands it, `off` answers each by itself. In
+            float32 answers are the same.
         seed: of answers that are drawn at random.
         encoder: of another session on the same model, to share its images.
 
@@ -122,7 +123,8 @@ class Session:
                 begin += len(window)
                 clock = self.encoder.clock
                 before = clock.before_prefill()
-                ready, failed = self.prompts.of(window, opened, alike=not generation.sampled)
+                alike = self.prefix_cache != "off" and not generation.sampled
+                ready, failed = self.prompts.of(window, opened, alike)
                 clock.seconds["first_token"] += clock.before_prefill() - before
                 yield from failed.items()
                 for batch in self._batches(ready, generation):

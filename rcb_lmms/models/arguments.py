@@ -36,7 +36,7 @@ class Settings:
         target: what to calibrate for, or `None`.
         per: `view` or `image`: what the budget is spent on.
         positions: `contiguous` or `original`: where what stays of an image stands.
-        prefix_cache: `auto`, `on` or `off`: whether questions about an image share what they have in common.
+        prefix_cache: `auto`, `on` or `off`: whether questions share what they have in common.
         batch_size: questions per batch.
         engine: what answers prompts.
         engine_options: its keyword arguments.
