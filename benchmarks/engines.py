@@ -4,9 +4,10 @@
 
 Two models answer 18 questions about each image, as POPE asks them (a third of them stand there twice more). On the
 laboratory's LLaVA-1.5: `literal` asks one question at a time and encodes its image twice, to count its tokens and to
-answer; `llava_hf` is lmms-eval's own model, unpruned (it needs decord); `whole` is this package where every question is
-answered by itself (`prefix_cache=off`); `ours` is this package. On a LLaVA of random weights, whose language model has 0.3 billion parameters
-and reads 576 visual tokens: `whole`, `ours`, and `vllm`, unpruned with prefix caching, in an environment of its own.
+answer; `llava_hf` is lmms-eval's own model, unpruned (it needs decord); `whole` is this package where every question
+is answered by itself (`prefix_cache=off`); `ours` is this package. On a LLaVA of random weights, whose language model
+has 0.3 billion parameters and reads 576 visual tokens: `whole`, `ours`, and `vllm`, unpruned with prefix caching, in
+an environment of its own.
 
 All of one model use the same weights and, round by round, the same new questions; rounds take turns, and medians count,
 in processor seconds of a way's processes and on the clock. Loading is not counted. Rows without their package are left
