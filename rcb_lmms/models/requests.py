@@ -8,7 +8,7 @@ from typing import Any
 
 from rcb_lmms.engine.options import Generation
 from rcb_lmms.engine.questions import Question, Turns
-from rcb_lmms.models.rows import Rows
+from rcb_lmms.models.rows import Rows, decoded_once
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Request(Question):
 
 
 def questions_of(requests: Sequence[Any], task_dict: Mapping[str, Any], seed: int) -> list[Request]:
-    """Questions of requests; those of a split share its `Rows`."""
-    rows = {(task, split): Rows(task_dict[task][split]) for *_, task, split in (own.args for own in requests)}
+    """Questions of requests; those of a split share its `Rows`, and all of them what was decoded."""
+    splits, decoded = {tuple(own.args[4:6]) for own in requests}, decoded_once()
+    rows = {(task, split): Rows(task_dict[task][split], decoded) for task, split in splits}
     return [Request.of(own, rows[own.args[4:6]], seed) for own in requests]
 
 

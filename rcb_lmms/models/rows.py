@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ from cachetools import LRUCache, cached
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Stored = dict[str, Any]  # `bytes`, or the `path` of a file
+Decoder = Callable[[Stored], "Image"]
 
 # Pixels that are remembered: some 280 images of 640 x 480.
 DECODED_BYTES = 256 << 20
@@ -27,13 +30,11 @@ class Rows:
 
     Args:
         dataset: of `datasets`, or any sequence, whose items are given as they are.
+        decoded: `decoded_once()` of several, which then share its bound.
     """
 
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-        remembered = LRUCache(DECODED_BYTES, _bytes_of)
-        # Threads that want one image at once wait for the first of them.
-        self._decoded = cached(remembered, itemgetter("bytes"), condition=threading.Condition())(_decode)
+    def __init__(self, dataset: Any, decoded: Decoder | None = None):
+        self.dataset, self._decoded = dataset, decoded or decoded_once()
 
     def __getitem__(self, number: int) -> Any:
         if not self._images:
@@ -42,7 +43,7 @@ class Rows:
         for name in self._images:
             value = row[name]
             row[name] = list(map(self._image, value)) if isinstance(value, list) else self._image(value)
-        return self._others.decode_example(row) if self._others else row
+        return self._others.decode_example(row)
 
     @property
     def fingerprint(self) -> str | None:
@@ -85,14 +86,19 @@ class Rows:
         features = self.dataset.features
         return Features({name: Value("null") if name in self._images else own for name, own in features.items()})
 
-    def _image(self, stored: dict[str, Any] | None) -> Image | None:
+    def _image(self, stored: Stored | None) -> Image | None:
         if stored is None:
             return None
         # A file may change.
         return _decode(stored) if stored["bytes"] is None else self._decoded(stored).copy()
 
 
-def _decode(stored: dict[str, Any]) -> Image:
+def decoded_once() -> Decoder:
+    """How to make an image of stored bytes; it remembers the latest, and threads that want one at once wait for it."""
+    return cached(LRUCache(DECODED_BYTES, _bytes_of), itemgetter("bytes"), condition=threading.Condition())(_decode)
+
+
+def _decode(stored: Stored) -> Image:
     from datasets import Image
 
     return Image().decode_example(stored)
