@@ -65,7 +65,7 @@ def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
 
     def ask(task, generation, features, column):
         rows = Rows(Dataset.from_dict({"image": column, "question": list("wxyz")}, Features(features)))
-        return [Request(task=task, doc_id=n, generation=generation, rows=rows) for n in (0, 1, 2, 3)]
+        return [Request(task=task, doc_id=n, generation=generation, stored=rows.stored_images(n)) for n in (0, 1, 2, 3)]
 
     texts = {"question": Value("string")}
     questions = ask("t", one, {"image": Image(), **texts}, pictures)
@@ -76,6 +76,42 @@ def test_questions_about_an_image_meet_whatever_stands_between_them(tmp_path):
         (("u", several), [4, 6, 5, 7]),
         (("v", one), [8, 9, 10, 11]),
     ]
+
+
+def test_all_questions_about_an_image_are_one_process_s_and_shares_are_even(monkeypatch):
+    from rcb_lmms.models import requests
+
+    processes, images = 3, 5
+    documents = [
+        requests.Request(text=f"{number}", task="t", split="s", doc_id=number, stored=f"{number % images}")
+        for number in range(40)
+    ]
+    alone = [requests.Request(task="u", split="s", doc_id=number) for number in range(9)]
+    single = requests.Request(task="v", split="s", doc_id=0, stored="0")
+    asked = [[*documents[rank::processes], *alone[rank::processes]] for rank in range(processes)]
+    asked[1].append(single)
+
+    def told(rank):
+        monkeypatch.setattr(requests, "rank_and_size", lambda: (rank, processes))
+        own = [dataclasses.replace(one, rows=(rank, one.task)) for one in asked[rank]]
+        known = [{(one.task, one.split) for one in theirs} for theirs in asked]
+        monkeypatch.setattr(requests, "gather", lambda value: list(zip(asked, known, strict=True)))
+        return requests.dealt(own)
+
+    shares = [told(rank) for rank in range(processes)]
+    found = {at: question for share in shares for at, question in share.items()}
+    assert sum(map(len, shares)) == len(found) == 40 + 9 + 1
+    for (process, place), question in found.items():
+        assert dataclasses.replace(question, rows=None) == asked[process][place]
+    for image in range(images):
+        assert sum(any(one.task == "t" and one.stored == str(image) for one in own.values()) for own in shares) == 1
+    assert sorted(map(len, shares)) == [16, 17, 17]
+    assert [any(one.task == "v" for one in own.values()) for own in shares] == [False, True, False]
+    assert all(one.rows == (rank, one.task) for rank, own in enumerate(shares) for one in own.values())
+
+    asked = [documents[:1] * 10, documents[:1] * 2, []]
+    asked[2] = [dataclasses.replace(documents[1], stored=None)]
+    assert [len(told(rank)) for rank in range(processes)] == [5, 5, 3]
 
 
 def shown(value):
@@ -116,7 +152,7 @@ def test_rows_are_the_data_sets_own_and_a_stored_image_is_decoded_once(tmp_path,
     assert [fresh[number]["question"] for number in (0, 1, 2, 0)] == list("wxyw")
     assert [stored["bytes"] for stored in decoded] == [file["bytes"] for file in files]
     assert Rows([{"image": 7}])[0] == {"image": 7}
-    assert Rows(data.with_format("numpy")).by_image([0, 2]) == [[0, 1]]
+    assert Rows(data.with_format("numpy")).stored_images(0) is None
 
 
 def test_manifests_name_classes_that_exist_and_import_no_torch():

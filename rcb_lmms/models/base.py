@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from rcb_lmms.models.arguments import describe, resolve
 from rcb_lmms.models.benchmarks import calibrate_requests
 from rcb_lmms.models.journal import Journal
 from rcb_lmms.models.record import RunRecord, VisualTokenCounts, report_metrics, summarize, versions
-from rcb_lmms.models.requests import Request, grouped, questions_of
+from rcb_lmms.models.requests import Request, dealt, grouped, questions_of
 from rcb_lmms.pruners.base import Pruner
 
 logger = logging.getLogger(__name__)
@@ -135,28 +134,35 @@ class PrunedModel(lmms):
                 raise invocation.cache_refused()
             started, worked = time.perf_counter(), time.process_time()
             questions = questions_of(requests, self.task_dict, self.settings.seed)
-            groups = grouped(questions)
             pruners = {
-                task: self._pruner_for(task, [questions[index] for _, indices in own for index in indices])
-                for task, own in itertools.groupby(groups, key=lambda group: group[0][0])
+                task: self._pruner_for(task, [question for question in questions if question.task == task])
+                for task in dict.fromkeys(question.task for question in questions)
             }
-            answers: dict[int, GenerationResult] = {}
-            with tqdm(total=len(questions), desc="questions", unit="q", disable=self.rank != 0) as progress:
-                for (task, generation), indices in groups:
-                    before = self._answered_before(questions, indices)
-                    answers |= before
-                    progress.update(len(before))
-                    left = [index for index in indices if index not in before]
-                    session = self.session.with_pruner(pruners[task])
-                    for number, answer in session.stream([questions[index] for index in left], generation):
-                        answers[left[number]] = self._result(questions[left[number]], answer)
-                        progress.update()
+            mine = dealt(questions)
+            answered = dict(zip(mine, self._answers(list(mine.values()), pruners), strict=True))
+            everywhere = {at: result for own in gather(answered) for at, result in own.items()}
             self.seconds += time.perf_counter() - started
             self.session.seconds["processor"] += time.process_time() - worked
             self._refuse_if_nothing_was_answered(len(questions))
-            return [answers[index] for index in range(len(questions))]
+            rank, _ = rank_and_size()
+            return [_for_host(request, everywhere[rank, place]) for place, request in enumerate(requests)]
 
-    def _answered_before(self, questions: list[Request], indices: list[int]) -> dict[int, GenerationResult]:
+    def _answers(self, questions: list[Request], pruners: dict[str, Pruner]) -> list[GenerationResult | None]:
+        """Results in the order of the questions; `None` for a sample that failed."""
+        found: dict[int, GenerationResult | None] = {}
+        with tqdm(total=len(questions), desc="questions", unit="q", disable=self.rank != 0) as progress:
+            for (task, generation), indices in grouped(questions):
+                before = self._answered_before(questions, indices)
+                found |= before
+                progress.update(len(before))
+                left = [index for index in indices if index not in before]
+                session = self.session.with_pruner(pruners[task])
+                for number, answer in session.stream([questions[index] for index in left], generation):
+                    found[left[number]] = self._result(questions[left[number]], answer)
+                    progress.update()
+        return [found[index] for index in range(len(questions))]
+
+    def _answered_before(self, questions: list[Request], indices: list[int]) -> dict[int, GenerationResult | None]:
         """Answers that an interrupted run of the same command gave, and failures known since the budget was fitted."""
         found = {}
         for index in indices:
@@ -170,7 +176,7 @@ class PrunedModel(lmms):
                     self.resumed += 1
         return found
 
-    def _result(self, question: Request, answer: Answer) -> GenerationResult:
+    def _result(self, question: Request, answer: Answer) -> GenerationResult | None:
         """An answer as lmms-eval wants it, written down before the next one is made."""
         if answer.row is None:
             return self._failed(question, answer.error)
@@ -181,17 +187,12 @@ class PrunedModel(lmms):
         self.journal.write(question, self._fitted(question.task), answer.asked, result)
         return result
 
-    def _failed(self, question: Request, error: str) -> GenerationResult:
-        """Record a failure. Without its document id, the evaluator leaves the sample out of every metric.
-
-        lmms-eval has no other way of leaving a sample out: an empty answer would be scored as a wrong one.
-        """
+    def _failed(self, question: Request, error: str) -> None:
+        """Record a failure."""
         row = {"task": question.task, "doc_id": question.doc_id, "error": error}
         logger.error("sample failed and is excluded: %s", row)
         if not question.padding:
             self.run.failures.append(row)
-        question.request.doc_id = None
-        return GenerationResult("")
 
     def _refuse_if_nothing_was_answered(self, asked: int) -> None:
         # Of all processes: one whose questions all fail must not leave the others waiting for it.
@@ -253,6 +254,17 @@ class PrunedModel(lmms):
         # The host deletes modules it finds on this object; ours hang below it.
         self.family = self.session = self.encoder = None
         super().clean()
+
+
+def _for_host(request: Any, result: GenerationResult | None) -> GenerationResult:
+    """A result, or nothing of a sample that failed; without its document id, the evaluator leaves it out.
+
+    lmms-eval has no other way of leaving a sample out of every metric: an empty answer would be scored as a wrong one.
+    """
+    if result is None:
+        request.doc_id = None
+        return GenerationResult("")
+    return result
 
 
 def _seeded(arguments: dict[str, Any]) -> dict[str, Any]:

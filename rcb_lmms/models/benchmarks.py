@@ -40,11 +40,11 @@ def documents_of_run(task: str, questions: Sequence[Request]) -> Documents:
     With `--use_cache` the host sends only the requests whose answers it does not know. All that it made hang on the
     task, whose bound method every request carries.
     """
-    _, messages, _, _, _, _ = questions[0].request.args
-    made = getattr(getattr(messages, "__self__", None), "instances", None)
-    requests = made or [question.request for question in questions]
-    own = {request.args[3] for request in requests if not (request.metadata or {}).get("__padding_only__")}
-    return documents_of(task, questions[0].rows, messages, sorted(set().union(*gather(own))))
+    first = questions[0]
+    made = getattr(getattr(first.to_messages, "__self__", None), "instances", None) or ()
+    own = {question.doc_id for question in questions if not question.padding}
+    own |= {request.args[3] for request in made if not (request.metadata or {}).get("__padding_only__")}
+    return documents_of(task, first.rows, first.to_messages, sorted(set().union(*gather(own))))
 
 
 def calibrate_requests(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -50,18 +51,11 @@ class Rows:
         """Names the data, where it has a name that changes with its content."""
         return getattr(self.dataset, "_fingerprint", None)
 
-    def by_image(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Places in `numbers` of documents with the same images, told apart as they are stored; all, if none has any.
-
-        Groups come in the order of their first document.
-        """
+    def stored_images(self, number: int) -> str | None:
+        """Names a document's images as they are stored, undecoded; `None` if it has none."""
         if not self._images:
-            return [list(range(len(numbers)))]
-        stored = self._arrow.select_columns(self._images)
-        groups: dict[int, list[int]] = {}
-        for place, number in enumerate(numbers):
-            groups.setdefault(hash(pickle.dumps(stored[number].to_pylist())), []).append(place)
-        return list(groups.values())
+            return None
+        return hashlib.sha256(pickle.dumps(self._only_images[number].to_pylist())).hexdigest()
 
     @cached_property
     def _images(self) -> list[str]:
@@ -77,6 +71,10 @@ class Rows:
     @cached_property
     def _arrow(self) -> Any:
         return self.dataset.with_format("arrow")
+
+    @cached_property
+    def _only_images(self) -> Any:
+        return self._arrow.select_columns(self._images)
 
     @cached_property
     def _others(self) -> Any:
