@@ -537,23 +537,23 @@ def rows(count=12):
 
 def test_a_subset_is_even_over_strata_and_ignores_the_order():
     docs = rows(40)
-    chosen = subset.choose(docs, Subset(12, "category"))
+    chosen = subset.choose(docs, Subset(size=12, strata="category"))
     assert sorted(docs[name]["category"] for name in chosen) == ["a"] * 6 + ["b"] * 6
     backwards = dict(reversed(docs.items()))
-    assert subset.choose(backwards, Subset(12, "category")) == chosen
-    assert subset.choose(docs, Subset(8, "category")) == chosen[:8]
+    assert subset.choose(backwards, Subset(size=12, strata="category")) == chosen
+    assert subset.choose(docs, Subset(size=8, strata="category")) == chosen[:8]
     # Without what one stratum lacks, the others fill up.
-    assert len(subset.choose(docs, Subset(25, "category"))) == 25
-    assert sorted(subset.choose(docs, Subset(5))) == sorted(docs)[:5]
+    assert len(subset.choose(docs, Subset(size=25, strata="category"))) == 25
+    assert sorted(subset.choose(docs, Subset(size=5))) == sorted(docs)[:5]
 
 
 def test_documents_that_belong_together_are_chosen_together():
     docs = {name: doc | {"category": "x"} for name, doc in rows(40).items()}
-    chosen = subset.choose(docs, Subset(10, together="pair"))
+    chosen = subset.choose(docs, Subset(size=10, together="pair"))
     pairs = [docs[name]["pair"] for name in chosen]
     assert len(chosen) == 10
     assert pairs[::2] == pairs[1::2]
-    for wrong, words in ((Subset(41), "40 documents"), (Subset(2, "colour"), "no column colour")):
+    for wrong, words in ((Subset(size=41), "40 documents"), (Subset(size=2, strata="colour"), "no column colour")):
         with pytest.raises(UserError, match=words):
             subset.choose(docs, wrong)
 
@@ -574,7 +574,7 @@ def test_equal_documents_have_names_of_their_own():
         ({"case": {}}, "case"),
         ({"cases": {"a": {"entry": "llava_full", "task": ["pope"]}}}, "task"),
         ({"cases": {"a": {"entry": "llava_full", "tasks": ["mme"]}}}, "case a with mme"),
-        ({"cases": {"a": {}}}, "no entry"),
+        ({"cases": {"a": {}}}, "no cases.a.entry"),
         ({"tasks": {"pope": 12}}, "12"),
         ({"tolerance": {"beta": 1}}, "beta"),
     ],
@@ -593,7 +593,7 @@ def test_a_declaration_with_mistakes_is_refused_by_name(tmp_path, change, words)
     path.write_text("{")
     with pytest.raises(UserError, match="flow"):
         Declaration.load(path)
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         Declaration.load(tmp_path / "none.yaml")
 
 

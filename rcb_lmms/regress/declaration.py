@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rcb_lmms.errors import UserError
+from pydantic import BaseModel, ConfigDict
 
-Part = TypeVar("Part")
+from rcb_lmms.errors import UserError, checked
+from rcb_lmms.files import read_yaml
+
+MEND = "mend the file; eval_configs/regressions/lab.yaml is an example"
 
 
-@dataclass(frozen=True)
-class Subset:
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Subset(_Part):
     """Which documents of a task are asked.
 
     Attributes:
@@ -27,8 +32,7 @@ class Subset:
     together: str | None = None
 
 
-@dataclass(frozen=True)
-class Tolerance:
+class Tolerance(_Part):
     """What may change without being a regression.
 
     Attributes:
@@ -38,6 +42,21 @@ class Tolerance:
 
     alpha: float = 0.01
     flips: float = 0.01
+
+
+class _Case(_Part):
+    entry: str
+    model_args: dict[str, Any] = {}
+    tasks: list[str] | None = None
+
+
+class _Document(_Part):
+    tasks: dict[str, Subset]
+    cases: dict[str, _Case]
+    common: dict[str, Any] = {}
+    tolerance: Tolerance = Tolerance()
+    lab: dict[str, Any] | None = None
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -75,19 +94,17 @@ class Declaration:
         Raises:
             UserError: no such file, no YAML, an unknown key, a case without entry or with a task that has no subset.
         """
-        document = _Document(**_known(_Document, _read(path), path))
-        subsets = {task: Subset(**_known(Subset, own, path)) for task, own in document.tasks.items()}
+        content = read_yaml(path, "regressions", MEND)
+        document = checked(_Document, content, wanted=f"regressions from {path}", next_step=MEND)
         cases = {}
         for name, own in document.cases.items():
-            plan = _Case(**_known(_Case, own, path))
-            tasks = list(subsets) if plan.tasks is None else plan.tasks
-            if missing := [task for task in tasks if task not in subsets]:
-                raise _bad(path, f"case {name} with {', '.join(missing)}", f"tasks: {', '.join(subsets)}")
-            arguments = document.common | plan.model_args
+            tasks = list(document.tasks) if own.tasks is None else own.tasks
+            if missing := [task for task in tasks if task not in document.tasks]:
+                raise _unknown(path, f"case {name} with {', '.join(missing)}", document.tasks)
+            subsets = {task: document.tasks[task] for task in tasks}
             golden = path.with_suffix("") / f"{name}.jsonl"
-            cases[name] = Case(name, plan.entry, arguments, {task: subsets[task] for task in tasks}, golden)
-        tolerance = Tolerance(**_known(Tolerance, document.tolerance, path))
-        return cls(path, cases, tolerance, document.lab, document.batch_size)
+            cases[name] = Case(name, own.entry, document.common | own.model_args, subsets, golden)
+        return cls(path, cases, document.tolerance, document.lab, document.batch_size)
 
     def chosen(self, names: list[str] | None) -> list[Case]:
         """The named cases, or all.
@@ -96,53 +113,9 @@ class Declaration:
             UserError: a name that the file does not have.
         """
         if unknown := sorted(set(names or ()) - set(self.cases)):
-            raise _bad(self.path, f"case {', '.join(unknown)}", ", ".join(self.cases))
+            raise _unknown(self.path, f"case {', '.join(unknown)}", self.cases)
         return [case for case in self.cases.values() if not names or case.name in names]
 
 
-@dataclass(frozen=True)
-class _Document:
-    tasks: dict[str, dict[str, Any]]
-    cases: dict[str, dict[str, Any]]
-    common: dict[str, Any] = field(default_factory=dict)
-    tolerance: dict[str, float] = field(default_factory=dict)
-    lab: dict[str, Any] | None = None
-    batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class _Case:
-    entry: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-    tasks: list[str] | None = None
-
-
-def _read(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _bad(path, error.strerror or str(error), "a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _bad(path, " ".join(str(error).split()), "a YAML file") from error
-
-
-def _known(part: type[Part], given: Any, path: Path) -> dict[str, Any]:
-    """`given`, if it has the fields of a part and no others."""
-    names = {item.name: item.default is item.default_factory for item in dataclasses.fields(part)}
-    if not isinstance(given, dict) or set(given) - set(names):
-        found = ", ".join(map(str, sorted(set(given) - set(names)))) if isinstance(given, dict) else repr(given)
-        raise _bad(path, found, ", ".join(names))
-    if missing := [name for name, required in names.items() if required and name not in given]:
-        raise _bad(path, f"no {', '.join(missing)}", ", ".join(names))
-    return given
-
-
-def _bad(path: Path, found: str, allowed: str) -> UserError:
-    return UserError(
-        wanted=f"the declaration of regressions {path}",
-        found=found,
-        allowed=allowed,
-        next_step="mend the file; eval_configs/regressions/lab.yaml is an example",
-    )
+def _unknown(path: Path, found: str, known: dict[str, Any]) -> UserError:
+    return UserError(wanted=f"regressions from {path}", found=found, allowed=", ".join(known), next_step=MEND)

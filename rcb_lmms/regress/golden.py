@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Golden:
         declared = {
             "entry": case.entry,
             "arguments": arguments,
-            "subsets": {task: asdict(subset) for task, subset in case.subsets.items()},
+            "subsets": {task: subset.model_dump() for task, subset in case.subsets.items()},
         }
         recorded = {"entry": self.entry, "arguments": self.arguments, "subsets": self.subsets}
         self._check(differences(recorded, declared))

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
@@ -70,7 +69,7 @@ def observe(case: Case, manager: Any, batch_size: int, golden: Golden | None = N
         case=case.name,
         entry=case.entry,
         arguments=compared_arguments(case.model_args),
-        subsets={task: asdict(subset) for task, subset in case.subsets.items()},
+        subsets={task: subset.model_dump() for task, subset in case.subsets.items()},
         made_of=made_of,
         resolved=_resolved(run),
         versions=run.versions,
