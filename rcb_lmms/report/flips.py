@@ -54,7 +54,7 @@ def model_label(run: Measured) -> str:
 def flips(
     models: Sequence[Sequence[Setting]], gallery: Gallery, most_samples: int, most_letters: int
 ) -> tuple[dict[str, Any], dict[tuple[int, str], list[Cost]]]:
-    """The page's data, and what every sample of a run (by its number) and a task cost.
+    """The page's data, and what every sample of a run (by its `id`) and a task cost.
 
     The data is `runs`, by name; `benchmarks`, with every run's `answers` and `marks` and the `samples` on which runs
     differ, by their place; `kept`, what a sample's `tokens` name; `pictures` and `images` (see `Gallery`); `notes`.
@@ -173,7 +173,7 @@ def _add_samples(
         run = runs[entry["run"]]
         for sample, (part, row) in enumerate(rows_of(run, task)):
             if (cost := costs(row)) is not None:
-                spent.setdefault((entry["run"], task), []).append(cost)
+                spent.setdefault((id(run), task), []).append(cost)
             if sample in wanted:
                 found.setdefault(sample, _sample(part, row, texts[sample], part != task))
                 rows[sample].append((run, part, row, cost))

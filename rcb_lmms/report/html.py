@@ -17,9 +17,8 @@ from rcb_lmms.report import charts
 from rcb_lmms.report.collect import Benchmark, Measured, collect
 from rcb_lmms.report.flips import Cost, flips, model_label, run_label
 from rcb_lmms.report.gallery import Gallery
-from rcb_lmms.report.reading import mean_of
 from rcb_lmms.report.summary import Setting, group, model_of, summary_table, version_notes
-from rcb_lmms.report.tables import LEGEND, readable
+from rcb_lmms.report.tables import LEGEND, readable, row_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,9 +69,7 @@ def write_report(results: Path, out: Path, folders: Sequence[Path] = ()) -> Path
     data, spent = flips(models, gallery, MOST_SAMPLES, MOST_LETTERS)
     page = _template().render(
         title="/".join(Path(results).resolve().parts[-2:]),
-        models=[
-            _model(settings, spent, _numbers(models)) for settings in tqdm(models, "tables and charts", unit="model")
-        ],
+        models=[_model(settings, spent) for settings in tqdm(models, "tables and charts", unit="model")],
         several=len(models) > 1,
         laboratory=all(is_lab(str(run.arguments.get("pretrained"))) for run in runs),
         legend=LEGEND,
@@ -93,12 +90,6 @@ def _models(runs: Sequence[Measured]) -> list[list[Setting]]:
     return [group(own) for own in found.values()]
 
 
-def _numbers(models: Sequence[Sequence[Setting]]) -> dict[int, int]:
-    """Numbers of runs, as in the page's data, by identity."""
-    runs = [run for settings in models for setting in settings for run in setting.runs]
-    return {id(run): number for number, run in enumerate(runs)}
-
-
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -107,12 +98,9 @@ def _template() -> Any:
     return environment.get_template("report.html.jinja")
 
 
-def _script(data: dict[str, Any]) -> Any:
+def _script(data: dict[str, Any]) -> str:
     """Data as JSON inside a script element, which nothing in it can end."""
-    from markupsafe import Markup
-
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _left_out(data: dict[str, Any], gallery: Gallery) -> list[str]:
@@ -127,7 +115,7 @@ def _left_out(data: dict[str, Any], gallery: Gallery) -> list[str]:
     return found
 
 
-def _model(settings: Sequence[Setting], spent: dict[tuple[int, str], list[Cost]], numbers: dict[int, int]) -> Any:
+def _model(settings: Sequence[Setting], spent: dict[tuple[int, str], list[Cost]]) -> Any:
     """What the page says of one model."""
     table = summary_table([run for setting in settings for run in setting.runs])
     text = readable(table)
@@ -138,32 +126,22 @@ def _model(settings: Sequence[Setting], spent: dict[tuple[int, str], list[Cost]]
         "columns": list(text.columns),
         "rows": text.astype(str).values.tolist(),
         "charts": [_charts(table, task, benchmark) for task, benchmark in table.attrs["benchmarks"].items()],
-        "legend": [(_svg(charts.legend_mark(number)), label) for number, label in enumerate(_labels(table)) if label],
+        "legend": [(charts.legend_mark(number), label) for number, label in enumerate(_labels(table))],
         "stages": {stage: STAGES[stage] for stage in stages},
         "costs": _costs(settings, spent_in, stages),
-        "ledger": _ledger(settings, table.attrs["benchmarks"], spent, numbers),
+        "ledger": _ledger(settings, table.attrs["benchmarks"], spent),
     }
-
-
-def _svg(text: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
-def _names(table: pd.DataFrame) -> list[str]:
-    return [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()]
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
     """Series of the charts: one for each method and its options."""
-    named = zip(table["method"], _names(table), strict=True)
+    named = zip(table["method"], row_names(table), strict=True)
     return list(dict.fromkeys(name for method, name in named if method != "none"))
 
 
 def _charts(table: pd.DataFrame, task: str, benchmark: Benchmark) -> dict[str, Any]:
     """Scores of one task over tokens and over seconds."""
-    numbers = table.assign(name=_names(table), seconds=1 / table["questions_per_second"].astype(float))
+    numbers = table.assign(name=row_names(table), seconds=1 / table["questions_per_second"].astype(float))
     quantities = {
         "layer_average_tokens": "visual tokens per decoder layer (log scale)",
         "seconds": "seconds per question (log scale)",
@@ -177,7 +155,7 @@ def _charts(table: pd.DataFrame, task: str, benchmark: Benchmark) -> dict[str, A
         )
         for quantity, label in quantities.items()
     ]
-    return {"label": benchmark.label, "charts": [_svg(chart) for chart in drawn if chart]}
+    return {"label": benchmark.label, "charts": [chart for chart in drawn if chart]}
 
 
 def _series(numbers: pd.DataFrame, task: str, benchmark: Benchmark, quantity: str) -> list[charts.Series]:
@@ -204,7 +182,7 @@ def _costs(
             "label": _label(setting),
             "stages": [own.get(stage) for stage in stages],
             "shares": {stage: 100 * own[stage] / longest for stage in stages if stage in own} if longest else {},
-            "total": 1000 / speed if (speed := _speed(setting)) else None,
+            "total": 1000 / setting.speed if setting.speed else None,
             "gflops": None if (flops := setting.mean("prefill_tflops")) is None else 1000 * flops,
         }
         for setting, own in zip(settings, found, strict=True)
@@ -214,10 +192,6 @@ def _costs(
 def _label(setting: Setting) -> str:
     name = "unpruned" if setting.first.method == "none" else setting.first.method
     return ", ".join(part for part in (name, setting.budget, setting.options) if part)
-
-
-def _speed(setting: Setting) -> float | None:
-    return mean_of(run.questions_per_second for run in setting.runs)
 
 
 def _stages(setting: Setting) -> dict[str, float]:
@@ -239,13 +213,12 @@ def _ledger(
     settings: Sequence[Setting],
     benchmarks: dict[str, Benchmark],
     spent: dict[tuple[int, str], list[Cost]],
-    numbers: dict[int, int],
 ) -> list[dict[str, Any]]:
     """Asked and retained visual tokens of each setting and task, over the samples of all seeds."""
     found = []
     for setting in settings:
         for task in setting.tasks:
-            costs = [cost for run in setting.runs for cost in spent.get((numbers[id(run)], task), [])]
+            costs = [cost for run in setting.runs for cost in spent.get((id(run), task), [])]
             if not costs:
                 continue
             kept = [cost.kept for cost in costs]
@@ -260,7 +233,7 @@ def _ledger(
                     "low": min(kept),
                     "median": statistics.median(kept),
                     "high": max(kept),
-                    "histogram": _svg(charts.histogram(kept, (0, max(cost.native for cost in costs)))),
+                    "histogram": charts.histogram(kept, (0, max(cost.native for cost in costs))),
                 }
             )
     return found

@@ -62,6 +62,11 @@ class Setting:
             return float(self.scores(task).mean())
         return mean_of(run.official.get(task) for run in self.runs)
 
+    @property
+    def speed(self) -> float | None:
+        """Questions per second, averaged over seeds."""
+        return mean_of(run.questions_per_second for run in self.runs)
+
     def mean(self, quantity: str) -> float | None:
         """An achieved quantity, averaged over tasks and seeds."""
         return mean_of(run.mean(quantity) for run in self.runs)
@@ -173,7 +178,7 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
         "relative": _relative(row, unpruned, tasks),
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
         **agreement_columns(row.runs, unpruned and unpruned.first, downsampled and downsampled.first),
-        "questions_per_second": mean_of(run.questions_per_second for run in row.runs),
+        "questions_per_second": row.speed,
         "processor_seconds": mean_of(run.seconds("processor") for run in row.runs),
         "choose_seconds": mean_of(run.seconds("choose") for run in row.runs),
         "prefill_tflops": row.mean("prefill_tflops"),

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 DIGITS = {100: 1, 1: 3}
 
 
+def row_names(table: pd.DataFrame) -> list[str]:
+    """What tells the rows of a summary or a comparison table from each other, their budget apart."""
+    return [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()]
+
+
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """A summary table as text, for people: percent, intervals in brackets, blanks for what is missing."""
     import pandas as pd
@@ -26,7 +31,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     unit, factor = ("GFLOPs", 1e3) if table["prefill_tflops"].max() < 0.1 else ("TFLOPs", 1.0)
     text = {"checkpoint": table["pretrained"].fillna("")} if table["pretrained"].nunique(dropna=False) > 1 else {}
     text |= {
-        "method": [f"{row.method} ({row.options})" if row.options else row.method for row in table.itertuples()],
+        "method": row_names(table),
         "budget": [_budget(row) for row in table.itertuples()],
         "retained": _column(table["retained_tokens"], "{:.1f}"),
         "layer average": _column(table["layer_average_tokens"], "{:.1f}"),
@@ -55,14 +60,14 @@ def readable_comparisons(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = [
         {
-            "method": f"{row.method} ({row.options})" if row.options else row.method,
+            "method": name,
             "tokens asked": f"{row.target_tokens:.1f}",
             "task": table.attrs["benchmarks"][row.task].label,
             "difference to random, points": _difference(row, table.attrs["benchmarks"][row.task].unit),
             "p": probability(row.p),
             "McNemar p": probability(row.mcnemar_p),
         }
-        for row in table.itertuples()
+        for name, row in zip(row_names(table), table.itertuples(), strict=True)
     ]
     return pd.DataFrame(rows)
 
