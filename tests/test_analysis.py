@@ -40,7 +40,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def shown(session):
-    return open_shown(session, tiny.random_image(1), "noise")
+    return open_shown(session, tiny.random_image(1))
 
 
 @pytest.fixture(scope="module")
@@ -396,14 +396,14 @@ def test_candidates_of_many_images_are_those_of_the_codebook(stats):
     from rcb_lmms.codebook.build import threshold
 
     codebook = threshold(*stats)
-    found = candidate_map(*stats, "pca")
-    common = found.table[found.table["common"]]
+    table, told = candidate_map(*stats, "pca")
+    common = table[table["common"]]
     rows = codebook.meta["rows"]
     assert sorted(zip(common["image"], common["token"], strict=True)) == sorted(
         zip(rows["image"], rows["patch"], strict=True)
     )
-    assert codebook.meta["counts"]["candidates"] == len(found.table)
-    assert f"{len(common)} of them" in found.told()
+    assert codebook.meta["counts"]["candidates"] == len(table)
+    assert f"{len(common)} of them" in told
 
 
 def test_a_codebook_of_the_first_images_is_that_of_a_build_of_them(family, stats, tmp_path):
@@ -481,7 +481,7 @@ def test_coverage_is_the_share_of_tokens_near_a_prototype(session, stats):
 
     folder, settings = stats
     codebook, images = threshold(folder, settings), sorted(folder.parent.glob("*.png"))
-    table, facts = coverage(session, codebook, images, progress=False)
+    table, facts = coverage(session, codebook, images)
     cosines = []
     for image in images:
         tokens = torch.nn.functional.normalize(open_shown(session, image).view.features, dim=-1)

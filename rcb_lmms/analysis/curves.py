@@ -36,7 +36,6 @@ def measure_images(
     settings: BuildSettings,
     layers: Sequence[int],
     patches: int = 64,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """One row per patch of an even grid: `image`, `token`, the two `VALUES`, and those of `ORDERS` that there are.
 
@@ -46,12 +45,11 @@ def measure_images(
         settings: as in building a codebook.
         layers: decoder layers, from 1, whose attention (mean over heads) is summed.
         patches: about so many per image; the side of the grid is the rounded root.
-        progress: show a bar that counts images.
     """
     import pandas as pd
 
     tables = []
-    for image in tqdm(images, "images", unit="image", disable=not progress):
+    for image in tqdm(images, "images", unit="image"):
         shown = open_shown(session, image)
         index = uniform_grid(*shown.view.grid, patches)
         statistics = measure(session.family, shown.view, settings, session.batch_size, index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,29 +82,12 @@ def explain_outliers(table: pd.DataFrame, tau_prob: float) -> str:
     )
 
 
-@dataclass(frozen=True)
-class CandidateMap:
-    """The redundant candidates of many images in the plane.
+def candidate_map(stats: Path, settings: BuildSettings, method: str) -> tuple[pd.DataFrame, str]:
+    """The redundant candidates of many images in the plane, from a build's statistics; no model is needed.
 
-    Attributes:
-        table: one row per candidate: `x`, `y`, `image`, `token`, `common`, whether it is a prototype.
-        images: of the statistics.
-    """
-
-    table: pd.DataFrame
-    images: int
-
-    def told(self) -> str:
-        """How many candidates there are, and how many lie where many images do."""
-        own = self.table
-        return (
-            f"{len(own)} candidates from {own['image'].nunique()} of {self.images} images; {own['common'].sum()} of "
-            f"them, from {own['image'][own['common']].nunique()} images, lie in clusters that are common to many."
-        )
-
-
-def candidate_map(stats: Path, settings: BuildSettings, method: str) -> CandidateMap:
-    """The candidates in a build's statistics (no model is needed), those that become prototypes among them.
+    Returns:
+        one row per candidate: `x`, `y`, `image`, `token`, `common`, whether it is a prototype; and in words how many
+        candidates there are, and how many lie where many images do.
 
     Raises:
         UserError: no statistics, or fewer than three candidates.
@@ -120,7 +102,12 @@ def candidate_map(stats: Path, settings: BuildSettings, method: str) -> Candidat
     common = np.zeros(len(tokens), bool)
     common[torch.cat([*common_clusters(tokens, numbers, settings), torch.arange(0)]).numpy()] = True
     columns = {"x": position[:, 0], "y": position[:, 1], "token": patches.numpy(), "common": common}
-    return CandidateMap(pd.DataFrame(columns).assign(image=[names[number] for number in numbers.tolist()]), len(names))
+    table = pd.DataFrame(columns).assign(image=[names[number] for number in numbers.tolist()])
+    told = (
+        f"{len(table)} candidates from {table['image'].nunique()} of {len(names)} images; {common.sum()} of "
+        f"them, from {table['image'][common].nunique()} images, lie in clusters that are common to many."
+    )
+    return table, told
 
 
 def draw_features(table: pd.DataFrame, out: Path) -> list[Path]:
@@ -138,11 +125,10 @@ def draw_features(table: pd.DataFrame, out: Path) -> list[Path]:
     return save_figure(figure, out)
 
 
-def draw_candidate_map(found: CandidateMap, out: Path) -> list[Path]:
+def draw_candidate_map(table: pd.DataFrame, out: Path) -> list[Path]:
     """Write Figure 8: candidates coloured by image, and beside it those that became prototypes."""
     import pandas as pd
 
-    table = found.table
     images = pd.Series(pd.factorize(table["image"])[0])
     # Neighbouring numbers get colours far apart: the palette is gone through in large steps.
     panels = {

@@ -39,7 +39,7 @@ class Shown:
         return None if similarity is None else similarity.float().cpu().numpy()
 
 
-def open_shown(session: Session, image: Any, name: str = "") -> Shown:
+def open_shown(session: Session, image: Any) -> Shown:
     """Encode an image's base view.
 
     Raises:
@@ -49,7 +49,7 @@ def open_shown(session: Session, image: Any, name: str = "") -> Shown:
     session.encoder.add_needs(family.provides & {"cls_similarity"})
     visual = family.open(image, "base")
     ((view,),) = session.encoder.views([visual])
-    name = name or (Path(image).stem if isinstance(image, (str, Path)) else "image")
+    name = Path(image).stem if isinstance(image, (str, Path)) else "image"
     return Shown(name, visual.image, view, family.places(visual)[0].boxes(view.grid))
 
 

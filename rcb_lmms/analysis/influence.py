@@ -56,9 +56,7 @@ class Influence:
         return own.whole_ids[0], own.whole[0], without[row]
 
 
-def influence(
-    session: Session, shown: Shown, tokens: Sequence[int], settings: BuildSettings, progress: bool = False
-) -> Influence:
+def influence(session: Session, shown: Shown, tokens: Sequence[int], settings: BuildSettings) -> Influence:
     """Run the cascaded and the direct leave-one-out experiments on some tokens of an image.
 
     Args:
@@ -66,11 +64,10 @@ def influence(
         shown: the image.
         tokens: raster indices.
         settings: as in building a codebook: prompt, article rule, divergence and its weights.
-        progress: show a bar that counts prompts.
     """
     family, features = session.family, shown.view.features
     windows = {tuple(window(token, *shown.view.grid)) for token in tokens}
-    with tqdm(total=3 * len(tokens) + 2 * len(windows) + 1, desc="prompts", disable=not progress) as bar:
+    with tqdm(total=3 * len(tokens) + 2 * len(windows) + 1, desc="prompts") as bar:
         found = measure(family, shown.view, settings, session.batch_size, tokens, bar)
         pad = family.pad_embedding.to(features)
         probe = Probe(family, features, settings, session.batch_size, bar)

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 COSINES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CROP_PX = 96
+MOST_CROPS = 12  # of a cluster
 
 
-def coverage(
-    session: Session, codebook: Codebook, images: Sequence[Path], progress: bool = True
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+def coverage(session: Session, codebook: Codebook, images: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """How much of a data set's tokens a codebook resembles; the language model is not run.
 
     Returns:
@@ -43,7 +42,7 @@ def coverage(
     codebook.check_family(session.family)
     prototypes = codebook.normalized(session.family.device)
     best, nearest = [], set()
-    for image in tqdm(images, "coverage", unit="image", disable=not progress):
+    for image in tqdm(images, "coverage", unit="image"):
         tokens = unit_rows(open_shown(session, image).view.features.float())
         cosine, index = (tokens @ prototypes.T).max(-1)
         best.append(cosine.cpu().numpy())
@@ -63,7 +62,7 @@ def coverage(
 
 
 def gallery(
-    session: Session, codebook: Codebook, images: Sequence[Path], columns: int = 12
+    session: Session, codebook: Codebook, images: Sequence[Path]
 ) -> list[tuple[int, list[tuple[str, int, Image]]]]:
     """Clusters of a codebook, the largest first, with crops of the patches behind some of their prototypes.
 
@@ -73,10 +72,9 @@ def gallery(
         session: of the model that the codebook is for.
         codebook: one that says where its prototypes are from.
         images: files among which those images are, by name.
-        columns: crops of a cluster, evenly among its prototypes.
 
     Returns:
-        `(prototypes in the cluster, [(image, patch, crop)])`.
+        `(prototypes in the cluster, [(image, patch, crop)])`, crops evenly among its prototypes.
 
     Raises:
         UserError: the codebook has no provenance, or images are missing.
@@ -95,9 +93,9 @@ def gallery(
         clusters.setdefault(cluster, []).append(number)
     found, opened = [], {}
     for members in sorted(clusters.values(), key=len, reverse=True):
-        step = max(1, len(members) // columns)
+        step = max(1, len(members) // MOST_CROPS)
         crops = []
-        for number in members[::step][:columns]:
+        for number in members[::step][:MOST_CROPS]:
             name, patch = rows["image"][number], rows["patch"][number]
             if name not in files:
                 raise UserError(

@@ -89,7 +89,6 @@ def read_tokens(
     settings: BuildSettings,
     layers: Sequence[int],
     number: int = 0,
-    progress: bool = False,
 ) -> tuple[list[Reading], dict[int, np.ndarray]]:
     """Show the model single tokens of an image and read what it says about each.
 
@@ -100,7 +99,6 @@ def read_tokens(
         settings: prompt, article rule and copies of a token, as in building a codebook.
         layers: see `decoder_layers`.
         number: of the prompt, for the rows.
-        progress: show a bar that counts batches of tokens.
 
     Returns:
         one reading per token, and the attention `(n,)` of each layer to the whole view.
@@ -109,8 +107,7 @@ def read_tokens(
     repeats = settings.single_repeats or family.single_repeats
     attention = text_to_image_attention(family, shown, settings.prompt, layers)
     readings, probe = [], Probe(family, view.features, settings, session.batch_size)
-    begins = range(0, len(tokens), session.batch_size)
-    for begin in tqdm(begins, "tokens", unit="batch", disable=not progress):
+    for begin in tqdm(range(0, len(tokens), session.batch_size), "tokens", unit="batch"):
         part = tokens[begin : begin + session.batch_size]
         sequences = [view.features[token].expand(repeats, -1) for token in part]
         logits, _ = probe.logits(sequences)

@@ -124,7 +124,7 @@ def tokens(
     readings = []
     for number, text in enumerate(prompt or [settings.prompt], 1):
         changed = replace(settings, prompt=text)
-        own, attention = read_tokens(session, shown, chosen, changed, wanted, number, progress=True)
+        own, attention = read_tokens(session, shown, chosen, changed, wanted, number)
         readings += own
         picture = out / f"tokens-{shown.name}{f'-prompt{number}' if prompt and len(prompt) > 1 else ''}"
         labels = {row.token: row.word for row in own} if len(own) <= 24 else {}
@@ -160,7 +160,7 @@ def influence(
     session, settings = open_session(model, preset, batch_size, preprocess, device, dtype)
     settings = settings if prompt is None else replace(settings, prompt=prompt)
     shown = open_shown(session, image)
-    found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings, progress=True)
+    found = study.influence(session, shown, parse_tokens(tokens, len(shown.view)), settings)
     rows = found.combined.argsort(descending=True, stable=True)[:candidates].tolist()
     changes = study.candidate_changes(session, found, rows)
     stem = out / f"influence-{shown.name}"
@@ -233,9 +233,8 @@ def features(
         told = study.explain_outliers(table, settings.tau_prob)
         write_table(table, out / f"features-{shown.name}", {"model": model, "image": str(image), "finding": told})
     else:
-        found = study.candidate_map(stats, settings_of(model, preset, setting), method)
-        files = study.draw_candidate_map(found, out / "candidates")
-        told = found.told()
-        write_table(found.table, out / "candidates", {"stats": str(stats), "finding": told})
+        table, told = study.candidate_map(stats, settings_of(model, preset, setting), method)
+        files = study.draw_candidate_map(table, out / "candidates")
+        write_table(table, out / "candidates", {"stats": str(stats), "finding": told})
     typer.echo(f"wrote {', '.join(map(str, files))}")
     typer.echo(told)

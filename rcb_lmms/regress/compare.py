@@ -223,5 +223,5 @@ def _name(sample: Sample) -> str:
     return f"{sample.task} {sample.name}"
 
 
-def _first(lines: list[str], shown: int = 10) -> list[str]:
-    return lines if len(lines) <= shown else [*lines[:shown], f"  and {len(lines) - shown} more"]
+def _first(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= 10 else [*lines[:10], f"  and {len(lines) - 10} more"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Small images are drawn larger, so that borders of patches stay sharp; no image is drawn larger than the other number.
 SHORT_SIDE_PX, LONG_SIDE_PX = 420, 1680
 FORMATS = ("png", "svg", "pdf")
+PANELS_IN_A_ROW = 3
 
 
 def enlarged(image: Image, boxes: np.ndarray) -> tuple[Image, np.ndarray]:
@@ -41,7 +42,7 @@ def panel_image(panel: Any, image: Any, caption: str = "", **options: Any) -> An
     return shown
 
 
-def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS, dpi: int = 160) -> list[Path]:
+def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write a figure as `out`, a path without ending, with each of the endings; equal figures give equal files."""
     import matplotlib
 
@@ -50,7 +51,7 @@ def save_figure(figure: Any, out: Path, formats: Sequence[str] = FORMATS, dpi: i
     with matplotlib.rc_context({"svg.hashsalt": "rcb_lmms", "svg.fonttype": "path"}):
         for ending in formats:
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=dpi, **fixed[ending])
+            figure.savefig(buffer, format=ending, dpi=160, **fixed[ending])
             written.append(write_atomic(out.with_name(f"{out.name}.{ending}"), buffer.getvalue()))
     return written
 
@@ -66,7 +67,6 @@ def draw_maps(
     maps: Mapping[str, np.ndarray],
     out: Path,
     labels: Mapping[int, str] | None = None,
-    columns: int = 3,
 ) -> list[Path]:
     """Write one figure: the image with outlined tokens, then one map over it for each quantity.
 
@@ -76,14 +76,13 @@ def draw_maps(
         maps: title -> `(n,)` values, NaN for tokens without one; each map has a scale of its own.
         out: path without ending.
         labels: token -> text, drawn on the first panel.
-        columns: panels in a row.
     """
     import numpy as np
     from matplotlib.figure import Figure
     from PIL import ImageOps
 
     shown, places = enlarged(image, boxes)
-    rows = -(-(1 + len(maps)) // columns)
+    rows, columns = -(-(1 + len(maps)) // PANELS_IN_A_ROW), PANELS_IN_A_ROW
     height = 2.9 * max(0.5, min(1.5, image.height / image.width)) + 0.35
     figure = Figure(figsize=(2.9 * columns + 0.8, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

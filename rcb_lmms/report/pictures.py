@@ -15,7 +15,7 @@ from rcb_lmms.families.images import Visual
 from rcb_lmms.families.places import kept_mask, painted
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner
-from rcb_lmms.report.drawing import drawable, enlarged, panel_image, save_figure
+from rcb_lmms.report.drawing import FORMATS, drawable, enlarged, panel_image, save_figure
 from rcb_lmms.report.sheets import Kept, Sheet, kept_of, sheets_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ def kept_tokens_picture(
     pruners: Mapping[str, Pruner],
     images: Sequence[Image],
     out: Path,
-    questions: Sequence[str] | None = None,
 ) -> Path:
     """Write a PNG of images' base views; see `draw_kept`.
 
@@ -80,14 +79,10 @@ def kept_tokens_picture(
         pruners: methods by the name over their column.
         images: opened images.
         out: the file to write.
-        questions: one per image, for methods that see the question; shown under the originals.
     """
-    shown = [
-        Shown(questions[number] if questions else QUESTION, [[Visual((image,), "base")]])
-        for number, image in enumerate(images)
-    ]
+    shown = [Shown(QUESTION, [[Visual((image,), "base")]]) for image in images]
     session = Session(family, make_pruner("none"))
-    (png,) = draw_kept(session, pruners, shown, out, formats=("png",), asked=questions is not None)
+    (png,) = draw_kept(session, pruners, shown, out, formats=("png",), asked=False)
     return png
 
 
@@ -108,7 +103,7 @@ def draw_kept(
     shown: Sequence[Shown],
     out: Path,
     *,
-    formats: Sequence[str] = ("png", "svg", "pdf"),
+    formats: Sequence[str] = FORMATS,
     asked: bool = True,
     scores: bool = False,
     max_new_tokens: int = 0,
