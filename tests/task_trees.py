@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import tiny
+from datasets import Dataset
 from lmms_eval.api.model import lmms
 
 
@@ -227,15 +226,15 @@ BENCHMARKS: dict[str, tuple[str, str, str, Callable[[], list[dict]]]] = {
 }
 
 
-def dataset(benchmark: str, change: Callable[[dict], dict] = dict):
+def dataset(benchmark: str, change: Callable[[dict], dict] = dict) -> Dataset:
     """A benchmark's rows, each after `change`."""
-    return _dataset([change(row) for row in BENCHMARKS[benchmark][3]()])
+    return Dataset.from_list([change(row) for row in BENCHMARKS[benchmark][3]()])
 
 
 def write(folder: Path, benchmark: str, change: Callable[[dict], dict] = dict) -> Path:
     """One benchmark below `folder`."""
     name, configuration, split, _ = BENCHMARKS[benchmark]
-    _write(folder / name, {configuration: (split, dataset(benchmark, change))})
+    tiny.save_data(folder / name, {configuration: (split, dataset(benchmark, change))})
     return folder
 
 
@@ -251,32 +250,6 @@ def write_all(folder: Path) -> Path:
             video = folder / "mvbench_video" / DATA_LIST[subtask] / row["video"]
             video.parent.mkdir(parents=True, exist_ok=True)
             video.touch() if video.suffix else video.mkdir()
-    _write(folder / "OpenGVLab/MVBench", {name: ("train", _dataset(rows)) for name, rows in subtasks.items()})
+    data = {name: ("train", Dataset.from_list(rows)) for name, rows in subtasks.items()}
+    tiny.save_data(folder / "OpenGVLab/MVBench", data)
     return folder
-
-
-def _dataset(rows: list[dict]):
-    from datasets import Dataset, Features, Image, List, Value
-
-    kinds = {str: Value("string"), int: Value("int64"), type(None): Value("string")}
-    features = {}
-    for name, value in rows[0].items():
-        if isinstance(value, list):
-            texts = name in ("options", "candidates")
-            features[name] = List(Value("string") if texts else Image())
-        else:
-            features[name] = kinds.get(type(value)) or Image()
-    return Dataset.from_list(rows, features=Features(features))
-
-
-def _write(folder: Path, configurations: dict) -> None:
-    card = ["---", "configs:"]
-    for name, (split, rows) in configurations.items():
-        buffer = io.BytesIO()
-        rows.to_parquet(buffer)
-        # The name counts: datasets caches by relative path and file name, and would serve another tree's rows.
-        path = folder / name / f"{split}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:12]}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-        card += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {name}/{path.name}"]
-    (folder / "README.md").write_text("\n".join([*card, "---", ""]))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from datasets import Dataset
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from typer.testing import CliRunner
@@ -339,9 +340,7 @@ def test_no_connection_says_how_to_do_without(monkeypatch, capsys):
     assert corenlp.VARIABLE in error.value.next_step
 
 
-def nocaps(count: int = 3, **columns):
-    from datasets import Dataset, Features, Image, List, Value
-
+def nocaps(count: int = 3, **columns) -> Dataset:
     rows = [
         {
             "image": tiny.random_image(index),
@@ -351,13 +350,10 @@ def nocaps(count: int = 3, **columns):
         | {name: values[index] for name, values in columns.items()}
         for index in range(count)
     ]
-    kinds = {"image": Image(), "image_id": Value("int32"), "annotations_captions": List(Value("string"))}
-    return Dataset.from_list(rows, features=Features(kinds | {name: Value("string") for name in columns}))
+    return Dataset.from_list(rows)
 
 
-def flickr(count: int = 3, **columns):
-    from datasets import Dataset, Features, Image, List, Value
-
+def flickr(count: int = 3, **columns) -> Dataset:
     rows = [
         {
             "image": tiny.random_image(10 + index),
@@ -368,9 +364,7 @@ def flickr(count: int = 3, **columns):
         | {name: values[index] for name, values in columns.items()}
         for index in range(count)
     ]
-    texts = ["img_id", "filename", *columns]
-    kinds = {"image": Image(), "caption": List(Value("string"))} | {name: Value("string") for name in texts}
-    return Dataset.from_list(rows, features=Features(kinds))
+    return Dataset.from_list(rows)
 
 
 def annotations(path: Path, domains: list[str]) -> str:
@@ -437,19 +431,11 @@ def test_foreign_columns_and_images_without_references_are_refused():
 
 def write_task_data(folder: Path) -> Path:
     """A folder in which the caption tasks find three documents each."""
-    from datasets import Dataset, Features, Image, Value
-
     rows = [{"image": tiny.random_image(20 + i), "question": f"Describe {i}.", "answer": "A dog."} for i in range(3)]
-    kinds = {"image": Image(), "question": Value("string"), "answer": Value("string")}
-    detailed = Dataset.from_list(rows, features=Features(kinds))
-    sets = {"NoCaps": (nocaps(6), "validation"), "flickr30k": (flickr(), "test"), "DC100_EN": (detailed, "test")}
-    for name, (data, split) in sets.items():
-        home = folder / "lmms-lab-encoder" / name
-        home.mkdir(parents=True)
-        file = f"{split}-captions-{len(data)}.parquet"
-        data.to_parquet(home / file)
-        config = f"config_name: default\n  data_files:\n  - split: {split}\n    path: {file}"
-        (home / "README.md").write_text(f"---\nconfigs:\n- {config}\n---\n")
+    detailed = Dataset.from_list(rows)
+    sets = {"NoCaps": ("validation", nocaps(6)), "flickr30k": ("test", flickr()), "DC100_EN": ("test", detailed)}
+    for name, data in sets.items():
+        tiny.save_data(folder / "lmms-lab-encoder" / name, {"default": data})
     return folder
 
 

@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import yaml
 from scipy.stats import binom
@@ -148,8 +149,6 @@ def test_kept_sets_are_those_of_eager_attention_and_of_the_seed(recorded, family
 
     eager = load_family(str(checkpoint), attn_implementation="eager")
     pruner = make_pruner("random", budget=Budget.tokens(3), seed=1)
-    import tiny
-
     for sample, drawn in zip(fastv.samples[:4], random.samples[:4], strict=True):
         image = tiny.random_image(sample.question.split("\n")[0].count("?") - 1)
         (view,) = eager.encode([image])[0]
@@ -183,8 +182,6 @@ def test_a_changed_budget_or_seed_is_refused_by_name_before_anything_runs(
 
 
 def test_another_subset_codebook_or_checkpoint_is_refused_by_name(recorded, declared, manager, capsys, tmp_path):
-    import tiny
-
     path = recorded("rcb")
     declared("rcb", size=9)
     assert "subsets.pope.size: 12 -> 9" in check(path, manager, capsys)[1]
@@ -254,38 +251,18 @@ def test_a_mutated_scorer_is_found_though_no_answer_changed(recorded, manager, c
     assert "answers changed" not in text.replace("unchanged answers changed", "")
 
 
-def changed_tree(tree, folder, change):
-    """The POPE tree with other rows."""
-    import pyarrow.parquet as parquet
-
-    shutil.copytree(tree, folder)
-    (file,) = (folder / "lmms-lab-encoder" / "POPE").glob("*.parquet")
-    table = parquet.read_table(file)
-    card = file.parent / "README.md"
-    card.write_text(card.read_text().replace(file.name, f"{folder.name}.parquet"))
-    rows = change(table.to_pylist())
-    parquet.write_table(table.from_pylist(rows, schema=table.schema), file.parent / f"{folder.name}.parquet")
-    return folder
-
-
-def test_changed_data_are_told_apart_from_changed_results(recorded, manager, capsys, pope_tree, tmp_path):
+def test_changed_data_are_told_apart_from_changed_results(recorded, manager, capsys, tmp_path):
     path = recorded("random")
 
     def status_in(name, change):
-        with working_directory(changed_tree(pope_tree, tmp_path / name, change)):
+        with working_directory(tiny.save_pope(tmp_path / name, change=change)):
             return check(path, manager, capsys)
 
     status, text = status_in("reversed", lambda rows: rows[::-1])
     assert (status, "same random" in text) == (0, True)
     status, text = status_in("reworded", lambda rows: [{**row, "question": row["question"] + "!"} for row in rows])
     assert (status, "the data changed: 12 of them are not among 24 documents" in text) == (2, True)
-    images = {}
-
-    def repainted(rows):
-        images.update({row["image_source"]: row["image"] for row in rows})
-        return [{**row, "image": images["image0"]} for row in rows]
-
-    status, text = status_in("repainted", repainted)
+    status, text = status_in("repainted", lambda rows: [{**row, "image": rows[0]["image"]} for row in rows])
     assert (status, "documents have other pixels" in text) == (2, True)
 
 

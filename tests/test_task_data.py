@@ -123,11 +123,7 @@ def test_a_gated_data_set_asks_for_a_login(tmp_path, monkeypatch):
 
 def test_documents_that_the_tasks_code_cannot_read_end_without_a_traceback(tmp_path, checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    tree = tiny.save_pope(tmp_path / "tree", images=2, questions=5)
-    rows = pd.read_parquet(parquet(tree))
-    rows.loc[3, "question"] = None
-    parquet(tree).unlink()
-    rows.to_parquet(parquet_named(tree, "test-null.parquet"))
+    tree = tiny.save_pope(tmp_path / "tree", change=lambda rows: [rows[0] | {"question": None}, *rows[1:]])
     arguments = ["--model", "llava_full", "--model_args", f"pretrained={checkpoint}", "--tasks", "pope"]
     monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments])
     with working_directory(tree), pytest.raises(SystemExit) as stop:
@@ -136,9 +132,3 @@ def test_documents_that_the_tasks_code_cannot_read_end_without_a_traceback(tmp_p
     shown = capsys.readouterr()
     assert "Traceback" not in shown.out + shown.err
     assert "lmms_eval/tasks/pope/utils.py, line 13, raised AttributeError" in shown.err
-
-
-def parquet_named(tree, name):
-    card = tree / "lmms-lab-encoder" / "POPE" / "README.md"
-    card.write_text(card.read_text().replace("test-2x5.parquet", name))
-    return card.with_name(name)

@@ -411,11 +411,6 @@ def test_samples_rows_carry_score_and_cluster(everything):
 # Data that cannot be scored
 
 
-def rewritten(folder, benchmark, change):
-    """The tree of one benchmark after `change` of its rows."""
-    return task_trees.write(folder, benchmark, change)
-
-
 @pytest.mark.parametrize(
     ("module", "benchmark", "change", "found"),
     [
@@ -472,7 +467,7 @@ def test_missing_videos_are_counted(tree, tmp_path, monkeypatch):
 
 
 def test_a_wrong_data_set_ends_lmms_eval_at_once(tmp_path, checkpoint, monkeypatch, capsys):
-    folder = rewritten(tmp_path / "tree", "pope", lambda row: {k: v for k, v in row.items() if k != "category"})
+    folder = task_trees.write(tmp_path / "tree", "pope", lambda row: {k: v for k, v in row.items() if k != "category"})
     arguments = ["--model", "llava_full", "--model_args", f"pretrained={checkpoint}", "--tasks", "rcb_pope"]
     monkeypatch.setattr(sys, "argv", ["lmms_eval", *arguments, "--verbosity", "ERROR"])
     with working_directory(folder), pytest.raises(SystemExit) as stop:

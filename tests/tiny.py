@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,8 +119,8 @@ def random_image(seed: int, width: int = 80, height: int = 60):
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
 
 
-def save_pope(folder: Path, images: int = 6, questions: int = 4) -> Path:
-    """A POPE tree in which upstream's `pope` runs when it is the current directory."""
+def save_pope(folder: Path, images: int = 6, questions: int = 4, change: Callable[[list], list] = list) -> Path:
+    """A POPE tree, its rows changed, in which upstream's `pope` runs when it is the current directory."""
     from datasets import Dataset, Features, Image, Value
 
     rows = [
@@ -132,16 +136,24 @@ def save_pope(folder: Path, images: int = 6, questions: int = 4) -> Path:
         for image in range(images)
         for question in range(questions)
     ]
-    columns = {name: Value("string") for name in rows[0] if name != "image"} | {"image": Image()}
-    home = folder / "lmms-lab-encoder" / "POPE"
-    home.mkdir(parents=True)
-    # The name counts: datasets caches by relative path and file name, and would serve another tree's rows.
-    name = f"test-{images}x{questions}.parquet"
-    Dataset.from_list(rows, features=Features(columns)).to_parquet(home / name)
-    (home / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: {name}\n---\n"
-    )
+    columns = Features({name: Value("string") for name in rows[0] if name != "image"} | {"image": Image()})
+    data = Dataset.from_list(change(rows), features=columns)
+    save_data(folder / "lmms-lab-encoder" / "POPE", {"default": ("test", data)})
     return folder
+
+
+def save_data(folder: Path, configurations: dict[str, tuple[str, Any]]) -> None:
+    """Data sets in a folder, each one split of a configuration, with the card by which `datasets` finds them."""
+    card = ["---", "configs:"]
+    for name, (split, rows) in configurations.items():
+        buffer = io.BytesIO()
+        rows.to_parquet(buffer)
+        # The name counts: datasets caches by relative path and file name, and would serve another tree's rows.
+        path = folder / name / f"{split}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:12]}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+        card += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {name}/{path.name}"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
 
 
 def save_codebook(path: Path, width: int = WIDTH, rows: int = 12) -> Path:
