@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 NATIVE = 16
+
+
+def save_folder(folder: Path, samples: dict[str, list[dict]], *, results: dict | None = None, **record: Any) -> Path:
+    """A folder with a run's record, results and the samples of each task.
+
+    Args:
+        folder: to be made.
+        samples: rows by task.
+        results: what the results file has besides the number of samples.
+        record: what of it is not as in most tests.
+    """
+    common = {
+        "status": "success",
+        "tasks": list(samples),
+        "limit": None,
+        "resolved": {},
+        "calibrations": {},
+        "failures": [],
+        "totals": {},
+    }
+    sizes = {task: {"original": len(rows), "effective": len(rows)} for task, rows in samples.items()}
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(common | record))
+    whole = {"results": {task: {} for task in samples}, "n-samples": sizes} | (results or {})
+    (folder / "results.json").write_text(json.dumps(whole))
+    for task, rows in samples.items():
+        # The order of rows differs between numbers of processes and must not matter.
+        (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return folder
+
+
+def edit(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    """What rewrites a file of a run's folder."""
+
+    def rewrite(folder: Path) -> None:
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return rewrite
 
 
 def save_run(
@@ -38,22 +76,13 @@ def save_run(
         "prefill_tflops": tokens / 1000,
     }
     content = {
-        "status": "success",
         "model": f"llava_{'full' if method == 'none' else method}",
         "arguments": arguments,
-        "tasks": [task],
-        "limit": None,
         "resolved": {"family": "llava", "pruner": {"budget": f"tokens={keep}" if keep else "None"}},
-        "calibrations": {},
         "achieved": {task: achieved},
-        "failures": [],
         "totals": {"questions": len(answers), "questions_per_second": 100 / tokens, "seconds": tokens},
     }
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(content | record))
-    size = {"original": len(answers), "effective": len(answers)}
-    (folder / "results.json").write_text(json.dumps({"results": {task: {}}, "n-samples": {task: size}}))
-    lines = []
+    rows = []
     for number, (answer, target) in enumerate(zip(answers, targets, strict=True)):
         score = {"score": float(answer.strip().lower() == target), "cluster": f"image{number // 2}", "answer": target}
         question = questions[number] if questions else f"Is there object {number}?"
@@ -67,6 +96,5 @@ def save_run(
             "token_counts": [{"visual_native": NATIVE, "visual_kept": int(tokens), "kept": own}],
             metric: score,
         }
-        lines.append(json.dumps(row) + "\n")
-    (folder / f"samples_{task}.jsonl").write_text("".join(lines))
-    return folder
+        rows.append(row)
+    return save_folder(folder, {task: rows}, **content | record)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored import edit, save_folder
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners.schedules import mean_tokens
@@ -40,25 +41,17 @@ def bits(entry: Entry) -> list[int]:
 def write_run(root: Path, entry: Entry, column, *, tag: str = "", **record) -> Path:
     """A run folder as `rcb eval` leaves it: eight questions about four images, MVBench's in each of two subtasks."""
     folder = run_folder(root, entry)
-    folder.mkdir(parents=True)
     tasks = [f"{entry.task}_{name}" for name in SUBTASKS] if entry.task == "rcb_mvbench" else [entry.task]
     own = bits(entry)
     keep = float(dict(entry.arguments).get("keep", 576))
     content = {
-        "status": "success",
         "model": entry.model,
         "arguments": {name: str(value) for name, value in sorted(for_checkpoint(entry, None).items())},
         "tasks": [entry.task],
-        "limit": None,
-        "resolved": {},
-        "calibrations": {},
         "achieved": {
             task: {"retained_visual_tokens": keep, "layer_average_visual_tokens": keep + 1.0} for task in tasks
         },
-        "failures": [],
-        "totals": {},
     }
-    (folder / "run.json").write_text(json.dumps(content | record))
     value = sum(100 * (own[n] + own[n + 1]) / 2 + 100 * (own[n] & own[n + 1]) for n in (0, 2, 4, 6)) / 2
     value = value if column.heading == "MMEP" else sum(own) / 8
     metrics = [column.metric]
@@ -67,14 +60,9 @@ def write_run(root: Path, entry: Entry, column, *, tag: str = "", **record) -> P
     results = {
         "results": {entry.task: {"alias": entry.task, **{f"{metric},none": value for metric in metrics}}},
         "group_subtasks": {entry.task: tasks if len(tasks) > 1 else []},
-        "n-samples": {task: {"original": 8, "effective": 8} for task in tasks},
     }
-    (folder / "results.json").write_text(json.dumps(results))
-    for task in tasks:
-        rows = [_row(metrics, number, bit, tag) for number, bit in enumerate(own)]
-        # The order of rows differs between numbers of processes and must not matter.
-        (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    return folder
+    samples = {task: [_row(metrics, number, bit, tag) for number, bit in enumerate(own)] for task in tasks}
+    return save_folder(folder, samples, results=results, **content | record)
 
 
 def _row(metrics, number: int, bit: int, tag: str) -> dict:
@@ -382,42 +370,26 @@ def test_a_figure_without_a_measured_number_is_not_drawn(tmp_path):
 # What may not enter
 
 
-def _edit(name: str, change):
-    def damage(folder: Path) -> None:
-        path = folder / name
-        path.write_text(change(path.read_text()))
-
-    return damage
-
-
 def _record(**changes):
-    return _edit("run.json", lambda text: json.dumps(json.loads(text) | changes))
+    return edit("run.json", lambda text: json.dumps(json.loads(text) | changes))
 
 
 NAME = "llava_onevision_rcb_keep-144/rcb_mantis"
+# What else makes a run unusable is in test_report.py.
 DAMAGES = {
-    "limited to the first 4 samples": _record(limit=4),
     "failed: out of memory": _record(status="failed", error="out of memory"),
-    "not finished": _record(status="started"),
     "run.json is of another run: keep=64": _record(arguments={"keep": "64", "template": "qwen"}),
     "run.json is of another run: model llava_rcb": _record(model="llava_rcb"),
     r"run.json is of another run: tasks \['pope'\]": _record(tasks=["pope"]),
-    "run.json is damaged": _edit("run.json", lambda text: text[:40]),
-    "run.json is damaged: status: Field required": _edit("run.json", lambda text: '{"name": "a notebook"}'),
-    "results.json is damaged": _edit("results.json", lambda text: text[:-9]),
-    "results.json has no number for rcb_mantis_accuracy": _edit(
+    "results.json has no number for rcb_mantis_accuracy": edit(
         "results.json", lambda text: text.replace("0.75", '"N/A"')
     ),
-    "results.json is damaged: n-samples: Field required": _edit(
+    "results.json is damaged: n-samples: Field required": edit(
         "results.json", lambda text: text.replace("n-samples", "samples")
     ),
     "no results.json": lambda folder: (folder / "results.json").unlink(),
-    "no run.json": lambda folder: (folder / "run.json").unlink(),
-    "samples_rcb_mantis.jsonl has 7 of 8 samples": _edit(
+    "samples_rcb_mantis.jsonl has 7 of 8 samples": edit(
         "samples_rcb_mantis.jsonl", lambda text: text[: text.rindex("{")]
-    ),
-    "samples_rcb_mantis.jsonl or results.json is damaged: KeyError": _edit(
-        "samples_rcb_mantis.jsonl", lambda text: text.replace("doc_id", "number")
     ),
 }
 
@@ -468,7 +440,7 @@ def test_captions_whose_spice_is_still_to_come_say_how(whole, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(whole / "llava_full", root / "llava_full")
     lacking = lambda text: text.replace('spice,none": 1.0', 'spice,none": null')  # noqa: E731
-    _edit("results.json", lacking)(root / "llava_full" / "rcb_nocaps_val")
+    edit("results.json", lacking)(root / "llava_full" / "rcb_nocaps_val")
     table = measure(layout("table-1"), root)
     (excluded,) = table.excluded
     filled = {heading for block, row, heading in table.cells if (block, row) == ("LLaVA-1.5 7B", "w/o Split 576×")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -16,8 +15,8 @@ import pytest
 import tiny
 import tiny_next
 import tiny_onevision
-import torch
 from PIL import Image
+from stored import edit, save_folder
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.engine.questions import Question
@@ -67,15 +66,11 @@ def write_run(
         for task, values in correct.items()
     }
     content = {
-        "status": "success",
         "model": f"llava_{'full' if method == 'none' else method}",
         "arguments": arguments,
-        "tasks": list(correct),
-        "limit": None,
         "resolved": {"family": "llava", "pruner": {"budget": f"tokens={keep}" if keep and not calibrated else "None"}},
         "calibrations": {task: {"target": float(keep)} for task in correct} if calibrated else {},
         "achieved": achieved,
-        "failures": [],
         "totals": {
             "questions_per_second": 100.0 / kept,
             "questions": 20,
@@ -83,17 +78,12 @@ def write_run(
             "seconds_choose": 0.002 * kept,
         },
     }
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(content | record))
-    results = {"mme": {"mme_perception_score,none": perception}}
-    sizes = {task: {"original": len(values), "effective": len(values)} for task, values in correct.items()}
-    everything = {"results": {task: results.get(task, {}) for task in correct}, "n-samples": sizes}
-    (folder / "results.json").write_text(json.dumps(everything))
-    for task, values in correct.items():
-        rows = [_sample(task, number, value, f"{tag}{number // 2}") for number, value in enumerate(values)]
-        # The order of rows differs between numbers of processes and must not matter.
-        (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    return folder
+    samples = {
+        task: [_sample(task, number, value, f"{tag}{number // 2}") for number, value in enumerate(values)]
+        for task, values in correct.items()
+    }
+    results = {task: {"mme_perception_score,none": perception} if task == "mme" else {} for task in correct}
+    return save_folder(folder, samples, results={"results": results}, **content | record)
 
 
 def _sample(task: str, number: int, value: int, image: str) -> dict:
@@ -147,33 +137,23 @@ def test_a_whole_run_is_read_in_the_order_of_its_documents(results):
     assert (runs[0].method, runs[0].target) == ("none", None)
 
 
-def _change(name: str, change):
-    def damage(folder: Path) -> None:
-        path = folder / name
-        path.write_text(change(path.read_text()))
-
-    return damage
-
-
 DAMAGES = {
-    "not finished": _change("run.json", lambda text: text.replace('"success"', '"started"')),
-    "failed: 0 failed samples": _change("run.json", lambda text: text.replace('"success"', '"failed"')),
-    "limited to the first 8": _change("run.json", lambda text: text.replace('"limit": null', '"limit": 8')),
-    "run.json is damaged": _change("run.json", lambda text: text[:50]),
-    "run.json is damaged: status: Field required": _change("run.json", lambda text: '{"model": "llava_hf"}'),
-    "run.json is damaged: totals: Field required": _change(
-        "run.json", lambda text: text.replace('"totals"', '"other"')
-    ),
+    "not finished": edit("run.json", lambda text: text.replace('"success"', '"started"')),
+    "failed: 0 failed samples": edit("run.json", lambda text: text.replace('"success"', '"failed"')),
+    "limited to the first 8": edit("run.json", lambda text: text.replace('"limit": null', '"limit": 8')),
+    "run.json is damaged": edit("run.json", lambda text: text[:50]),
+    "run.json is damaged: status: Field required": edit("run.json", lambda text: '{"model": "llava_hf"}'),
+    "run.json is damaged: totals: Field required": edit("run.json", lambda text: text.replace('"totals"', '"other"')),
     "no run.json": lambda folder: (folder / "run.json").unlink(),
     "no results.json": lambda folder: (folder / "results.json").unlink(),
-    "results.json is damaged": _change("results.json", lambda text: text[:30]),
+    "results.json is damaged": edit("results.json", lambda text: text[:30]),
     "has 0 of 200 samples": lambda folder: (folder / "samples_pope.jsonl").unlink(),
-    "has 199 of 200 samples": _change("samples_pope.jsonl", lambda text: text[:-20]),
-    "has 200 of 200 samples": _change("samples_pope.jsonl", lambda text: text.replace('"doc_id": 7,', '"doc_id": 8,')),
-    "not every sample of pope has a score of its own": _change(
+    "has 199 of 200 samples": edit("samples_pope.jsonl", lambda text: text[:-20]),
+    "has 200 of 200 samples": edit("samples_pope.jsonl", lambda text: text.replace('"doc_id": 7,', '"doc_id": 8,')),
+    "not every sample of pope has a score of its own": edit(
         "samples_pope.jsonl", lambda text: text.replace("pope_accuracy", "accuracy")
     ),
-    "samples_gqa.jsonl or results.json is damaged: KeyError 'gqa'": _change(
+    "samples_gqa.jsonl or results.json is damaged: KeyError 'gqa'": edit(
         "run.json", lambda text: text.replace('["pope"', '["gqa"')
     ),
 }
@@ -631,36 +611,7 @@ def test_pixels_belong_to_the_patch_that_holds_their_centre():
     assert owners[1].nonzero()[1].tolist()[:4] == [3, 4, 5, 6]
 
 
-def test_fastv_draws_what_eager_attention_ranks_highest(family):
-    import tiny
-
-    pruner = make_pruner("fastv", budget=Budget.tokens(5))
-    image = tiny.random_image(1)
-    session = Session(family, pruner)
-
-    def kept_under(text):
-        return kept_of(session, Question(text, [Visual((image,), "base")]))[1][0].indices
-
-    kept = kept_under("Is it red?")
-    (view,) = family.encode([image])[0]
-    prompt = family.embed(family.prompt("Is it red?"), [family.pack_base(view.features)])
-    decoder = family.model.get_decoder()
-    decoder.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            attention = decoder(inputs_embeds=prompt.embeds[None], output_attentions=True).attentions[1]
-    finally:
-        decoder.set_attn_implementation("sdpa")
-    ((start, stop),) = prompt.spans
-    row = attention[0].mean(0)[-1, start:stop]
-    assert kept.tolist() == sorted(row.topk(5).indices.tolist())
-    other = kept_under("How many circles are there?")
-    assert len(other) == 5
-
-
 def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, monkeypatch):
-    import tiny
-
     captions = []
     draw = pictures.panel_image
     monkeypatch.setattr(pictures, "panel_image", lambda *args: (captions.append(args[2]), draw(*args)))
@@ -681,11 +632,9 @@ def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, mon
 
 
 def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, capsys, monkeypatch):
-    from rcb_lmms.runs import tasks
     from rcb_lmms.runs.quickstart import quickstart
 
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tasks, "make_task_manager", functools.cache(tasks.make_task_manager))
     options = {
         "pretrained": str(checkpoint),
         "codebook": str(codebook_file),
