@@ -10,23 +10,20 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import torch
 from tqdm import tqdm
 
 from rcb_lmms.analysis.memory import peak_bytes
 from rcb_lmms.cost import DecoderShape, projector_flops, tower_flops
 from rcb_lmms.engine.clock import STAGES
-from rcb_lmms.engine.questions import Question
+from rcb_lmms.engine.questions import Answer, Question
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import BudgetError, UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from rcb_lmms.engine.questions import Answer
-    from rcb_lmms.families.base import Family
-    from rcb_lmms.pruners.base import Pruner
+from rcb_lmms.families.base import Family
+from rcb_lmms.pruners.base import Pruner
 
 QUESTION = "What does this image show?"
 # A batch is large enough when one four times as large answers less than this much faster.
@@ -98,8 +95,6 @@ def bench(
     Raises:
         UserError: a question that cannot be answered.
     """
-    import pandas as pd
-
     roof = 0.0
     with _length(family):
         cases = []
@@ -151,8 +146,6 @@ def matmul_flops(family: Family, repeats: int = 5) -> float:
 
     On a CPU that others share, the processor's seconds count, spread over its threads.
     """
-    import torch
-
     side = 8192 if family.device.type == "cuda" else 1536
     left, right = (torch.randn(side, side, device=family.device).to(family.dtype) for _ in range(2))
     seconds = []
@@ -214,8 +207,6 @@ def _saturated(family: Family, pruner: Pruner, images: Sequence[Any], new_tokens
 
 def _row(family: Family, case: Case, image: Any, new_tokens: int, roof: float) -> dict[str, Any]:
     """Medians, FLOPs under named formulas and bytes, all for one question."""
-    import torch
-
     session, own = Session(family, case.pruner), case.answer.row
     shape, pruner = session.shape, case.pruner
     (views,) = session.encoder.views([family.open(image)], pruner)

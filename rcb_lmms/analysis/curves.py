@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr, t, wilcoxon
 from tqdm import tqdm
 
 from rcb_lmms.analysis.images import open_shown
@@ -14,14 +17,9 @@ from rcb_lmms.analysis.tokens import text_to_image_attention
 from rcb_lmms.codebook.probe import measure, uniform_grid
 from rcb_lmms.codebook.select import patch_scores
 from rcb_lmms.codebook.settings import BuildSettings
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.report.drawing import save_figure
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
-    from rcb_lmms.engine.session import Session
 
 ORDERS = {"cls_similarity": "similarity to CLS", "attention": "text-to-image attention"}
 VALUES = {"probability": "top-1 probability", "divergence": "divergence (nats)"}
@@ -46,8 +44,6 @@ def measure_images(
         layers: decoder layers, from 1, whose attention (mean over heads) is summed.
         patches: about so many per image; the side of the grid is the rounded root.
     """
-    import pandas as pd
-
     tables = []
     for image in tqdm(images, "images", unit="image"):
         shown = open_shown(session, image)
@@ -115,9 +111,6 @@ def curves(table: pd.DataFrame) -> list[Curve]:
 
 
 def _curve(table: pd.DataFrame, order: str, value: str) -> Curve:
-    import numpy as np
-    from scipy.stats import spearmanr, t, wilcoxon
-
     ranked = table.sort_values(["image", order], ascending=[True, False], kind="stable")
     images = ranked["image"].nunique()
     values = ranked[value].to_numpy().reshape(images, -1)
@@ -180,7 +173,6 @@ def curve_facts(curve: Curve) -> dict[str, Any]:
 
 def draw_curves(found: Sequence[Curve], out: Path) -> list[Path]:
     """Write Figure 4: one row per order, one column per value, with confidence bands and the order's own quantity."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     orders = list(dict.fromkeys(curve.order for curve in found))

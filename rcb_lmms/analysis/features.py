@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import mannwhitneyu
 
 from rcb_lmms.analysis.images import Shown
 from rcb_lmms.analysis.tokens import read_tokens
 from rcb_lmms.codebook.build import read_candidates
 from rcb_lmms.codebook.select import cluster_labels, common_clusters, join
 from rcb_lmms.codebook.settings import BuildSettings
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError, choose
 from rcb_lmms.report.drawing import drawable, save_figure
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
-    from rcb_lmms.engine.session import Session
 
 METHODS = ("tsne", "pca")
 NAMED_TOKENS = 10
@@ -54,8 +52,6 @@ def image_features(session: Session, shown: Shown, settings: BuildSettings, meth
 
     The clusters are those of building a codebook with all tokens of an image (paper 8.1).
     """
-    import pandas as pd
-
     tokens = shown.view.features.float().cpu()
     readings, _ = read_tokens(session, shown, range(len(tokens)), settings, [1])
     labels = cluster_labels(tokens, settings.clusters_per_image, settings.k_image, settings)
@@ -67,8 +63,6 @@ def image_features(session: Session, shown: Shown, settings: BuildSettings, meth
 
 def explain_outliers(table: pd.DataFrame, tau_prob: float) -> str:
     """Whether tokens that say nothing lie in smaller clusters than the others (paper: they are outliers)."""
-    from scipy.stats import mannwhitneyu
-
     silent = table["probability"] < tau_prob
     small, large = table["cluster_size"][silent], table["cluster_size"][~silent]
     told = f"{silent.sum()} of {len(table)} tokens stay below a top-1 probability of {tau_prob:g}"
@@ -92,9 +86,6 @@ def candidate_map(stats: Path, settings: BuildSettings, method: str) -> tuple[pd
     Raises:
         UserError: no statistics, or fewer than three candidates.
     """
-    import numpy as np
-    import pandas as pd
-
     manifest, found = read_candidates(stats, settings)
     names = [entry["name"] for entry in manifest["images"]]
     tokens, patches, numbers = join(found)
@@ -127,8 +118,6 @@ def draw_features(table: pd.DataFrame, out: Path) -> list[Path]:
 
 def draw_candidate_map(table: pd.DataFrame, out: Path) -> list[Path]:
     """Write Figure 8: candidates coloured by image, and beside it those that became prototypes."""
-    import pandas as pd
-
     images = pd.Series(pd.factorize(table["image"])[0])
     # Neighbouring numbers get colours far apart: the palette is gone through in large steps.
     panels = {

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from PIL.Image import Image
+
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
-    from rcb_lmms.engine.session import Session
-    from rcb_lmms.pruners.base import VisualTokens
+from rcb_lmms.pruners.base import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,12 +18,8 @@ from rcb_lmms.analysis.images import Shown
 from rcb_lmms.codebook.divergence import divergence
 from rcb_lmms.codebook.probe import ImageStatistics, Probe, measure, window
 from rcb_lmms.codebook.settings import BuildSettings
+from rcb_lmms.engine.session import Session
 from rcb_lmms.report.drawing import drawable, save_figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from rcb_lmms.engine.session import Session
 
 LEVELS = ("region", "global", "direct")
 
@@ -97,8 +96,6 @@ def _one_step_off(values: Tensor) -> Tensor:
 
 def influence_table(shown: Shown, found: Influence) -> pd.DataFrame:
     """One row per token: its place, its divergences, its similarity to CLS."""
-    import pandas as pd
-
     index = found.statistics.index.numpy()
     table = pd.DataFrame(
         {
@@ -125,8 +122,6 @@ def candidate_changes(session: Session, found: Influence, rows: Sequence[int], c
         rows: numbers of tokens among those that were ablated.
         count: candidates for each token and level, out of the 50 likeliest.
     """
-    import pandas as pd
-
     lines = []
     for row in rows:
         for level in LEVELS:
@@ -149,7 +144,6 @@ def candidate_changes(session: Session, found: Influence, rows: Sequence[int], c
 
 def explain_cascade(found: Influence) -> tuple[dict[str, Any], str]:
     """Why tokens are not left out one by one: numbers, and a sentence of them (paper 7.3, Figure 6)."""
-    from scipy.stats import spearmanr
 
     def spread(values: Tensor) -> dict[str, float]:
         low, middle, high = torch.quantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
@@ -186,8 +180,6 @@ def changed_answers(found: Influence, level: str) -> int:
 
 def influence_maps(shown: Shown, found: Influence) -> dict[str, Any]:
     """Title -> `(n,)` values for overlays."""
-    import numpy as np
-
     titles = {"region": found.region, "global": found.whole, "combined": found.combined, "direct": found.direct}
     maps = {}
     for title, values in titles.items():
@@ -198,7 +190,6 @@ def influence_maps(shown: Shown, found: Influence) -> dict[str, Any]:
 
 def draw_candidates(changes: pd.DataFrame, out: Path) -> list[Path]:
     """Write Figure 3: for each token and level, the logits with and without it of the candidates that move most."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     tokens = list(dict.fromkeys(changes["token"]))

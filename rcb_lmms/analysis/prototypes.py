@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+from PIL import Image as pil
+from PIL import ImageDraw
+from PIL.Image import Image
 from tqdm import tqdm
 
 from rcb_lmms.analysis.images import Shown, open_shown
 from rcb_lmms.codebook import Codebook
 from rcb_lmms.codebook.artefact import unit_rows
 from rcb_lmms.codebook.probe import window
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.report.drawing import panel_image, save_figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from PIL.Image import Image
-
-    from rcb_lmms.engine.session import Session
 
 COSINES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CROP_PX = 96
@@ -36,9 +36,6 @@ def coverage(session: Session, codebook: Codebook, images: Sequence[Path]) -> tu
     Raises:
         UserError: a codebook of another width.
     """
-    import numpy as np
-    import pandas as pd
-
     codebook.check_family(session.family)
     prototypes = codebook.normalized(session.family.device)
     best, nearest = [], set()
@@ -113,9 +110,6 @@ def gallery(
 
 def crop(shown: Shown, patch: int) -> Image:
     """The 3 x 3 window around a patch, `CROP_PX` wide, with a white frame within a black one around the patch."""
-    from PIL import Image as pil
-    from PIL import ImageDraw
-
     around = shown.boxes[window(patch, *shown.view.grid)]
     left, top = around[:, :2].min(0)
     right, bottom = around[:, 2:].max(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from rcb_lmms.budget import Budget
 from rcb_lmms.codebook import Codebook
@@ -15,9 +17,6 @@ from rcb_lmms.codebook.settings import BuildSettings
 from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import VisualTokens
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Values that every token passes. The names are those of the configuration of Table 3.
 WITHOUT = {"tau_prob": 2.0, "tau_jsd": 1e9, "tau_out": 10**6, "tau_in": 0}
@@ -94,8 +93,6 @@ def ablation_table(variants: Sequence[Variant], stats: str | Path) -> pd.DataFra
     `agreement` is the mean over images of the share of the ninth of the stored tokens that the whole codebook keeps
     (its least redundant ones) which the variant keeps too; 1 / 9 is what chance would give.
     """
-    import pandas as pd
-
     stored = [ImageStatistics.read(file).features for file in sorted(Path(stats).glob("*.safetensors"))]
     kept = [_kept(variant.codebook, stored) for variant in variants]
     rows: list[dict[str, Any]] = []

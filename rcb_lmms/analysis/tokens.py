@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from rcb_lmms.analysis.images import Shown
@@ -15,13 +15,9 @@ from rcb_lmms.codebook.probe import Probe
 from rcb_lmms.codebook.settings import TOP_K_STORED, BuildSettings
 from rcb_lmms.engine.generation import generate
 from rcb_lmms.engine.layer_attention import last_token_attention
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rcb_lmms.engine.session import Session
-    from rcb_lmms.families.base import Family
+from rcb_lmms.families.base import Family
 
 # Figure 1's layers, counted from 1 (7.4 calls the first of them l=1), of a decoder of 32.
 LAYERS, DEPTH = (2, 16, 30), 32
@@ -139,8 +135,6 @@ def _words(family: Family, sequences: Sequence, settings: BuildSettings) -> list
 
 def token_maps(shown: Shown, readings: Sequence[Reading], attention: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
     """Title -> `(n,)` values for overlays; a token that was not shown has no probability."""
-    import numpy as np
-
     probability = np.full(len(shown.view), np.nan)
     probability[[row.token for row in readings]] = [row.probability for row in readings]
     maps = {"top-1 probability": probability}

@@ -15,6 +15,7 @@ from rcb_lmms.regress.compare import Report, compare
 from rcb_lmms.regress.declaration import Case, Declaration
 from rcb_lmms.regress.golden import Golden
 from rcb_lmms.regress.observe import compared_arguments, observe
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
 
 def record(path: Path, names: list[str] | None = None, manager: Any = None) -> list[Path]:
@@ -73,8 +74,6 @@ def describe(report: Report) -> str:
 
 
 def _manager(declaration: Declaration) -> Any:
-    from rcb_lmms.runs.tasks import make_task_manager
-
     return make_task_manager(tasks=[task for case in declaration.cases.values() for task in case.subsets])
 
 
@@ -95,7 +94,6 @@ def _data(declaration: Declaration) -> Iterator[None]:
         yield
         return
     from rcb_lmms.lab.data import write_data
-    from rcb_lmms.runs.tasks import working_directory
 
     allowed = set(inspect.signature(write_data).parameters) - {"out"}
     if unknown := sorted(set(declaration.lab) - allowed):

@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from scipy.stats import binomtest
+
 from rcb_lmms.regress.declaration import Tolerance
 from rcb_lmms.regress.golden import COUNTS, Golden, Sample, differences
 from rcb_lmms.regress.kept import KeptSet, ranges
+from rcb_lmms.report.statistics import mcnemar, paired_p
 
 # How far a fitted threshold may move by rounding: ten times what float32 cosines differ between CPUs.
 THRESHOLD = 1e-5
@@ -157,8 +161,6 @@ def _changed_answers(pairs: list[tuple[Sample, Sample]], tolerance: Tolerance, r
 
 def flips_p(changed: int, asked: int, rate: float) -> float:
     """Probability of so many changed answers, or more, if each changes with probability `rate` (exact binomial)."""
-    from scipy.stats import binomtest
-
     return float(binomtest(changed, asked, rate, alternative="greater").pvalue)
 
 
@@ -192,10 +194,6 @@ def _score_shift(pairs: list[tuple[Sample, Sample]], tolerance: Tolerance, repor
 
 def shift_p(before: tuple[float, ...], after: tuple[float, ...]) -> float:
     """Two-sided p of a difference between scores of the same samples; McNemar's exact test for scores of 0 and 1."""
-    import numpy as np
-
-    from rcb_lmms.report.statistics import mcnemar, paired_p
-
     first, second = np.array(before), np.array(after)
     if np.isin(np.concatenate([first, second]), (0, 1)).all():
         return mcnemar(first, second)

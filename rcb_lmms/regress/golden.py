@@ -7,14 +7,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import write_atomic
+from rcb_lmms.regress.declaration import Case
 from rcb_lmms.regress.kept import KeptSet
-
-if TYPE_CHECKING:
-    from rcb_lmms.regress.declaration import Case
 
 FORMAT = "rcb_lmms regression 1"
 COUNTS = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from rcb_lmms.engine.session import Trace
+from rcb_lmms.engine.session import Trace
 
 # Distances from the cut within which rounding may decide. Measured between instruction sets (SSE, AVX2, AVX-512) and
 # thread counts on the laboratory in float32: cosines differ by up to 1e-6, attention by up to 3e-5 of its value.
@@ -66,8 +66,6 @@ def near_the_cut(scores: Tensor, kept: Tensor, threshold: float | None = None) -
         kept: `(k,)` indices.
         threshold: of the scores.
     """
-    import torch
-
     scores = scores.double().cpu()
     if threshold is not None:
         return _where((scores - threshold).abs() <= NEAR_COSINE)
@@ -93,8 +91,6 @@ def kept_sets(trace: Trace, threshold: float | None = None) -> list[KeptSet]:
         trace: of the session that answered, whose stored views are those the answer was made from.
         threshold: of the scores, under a method that keeps by one.
     """
-    import torch
-
     if not trace.layer_kept:
         return [
             KeptSet(len(own.scores), frozenset(own.kept.tolist()), near_the_cut(own.scores, own.kept, threshold))

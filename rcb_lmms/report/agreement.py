@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rcb_lmms.report.collect import Measured
-    from rcb_lmms.report.reading import Scores
+import numpy as np
+
+from rcb_lmms.report.collect import Measured
+from rcb_lmms.report.reading import Scores
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ def agreement(before: Scores, after: Scores) -> Agreement:
     same = sum(plain(one) == plain(two) for one, two in zip(before.answers, after.answers, strict=True))
     if not (before.judged and after.judged):
         return Agreement(len(before.answers), same, 0, 0, 0)
-    import numpy as np
-
     was, is_now = before.marks == 1, after.marks == 1
     scored = int((~np.isnan(before.marks)).sum())
     return Agreement(len(was), same, scored, int((was & ~is_now).sum()), int((~was & is_now).sum()))

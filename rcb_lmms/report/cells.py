@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.lab.checkpoint import is_lab
@@ -17,9 +19,6 @@ from rcb_lmms.report.published import Block, Column, Layout, Row
 from rcb_lmms.report.reading import RECORD, RESULTS, Run, Scores, Unusable, read_run
 from rcb_lmms.report.summary import version_notes
 from rcb_lmms.runs.configs import Entry, for_checkpoint, run_folder
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # model_args that say where a model runs, not what it answers.
 PLACES = {"pretrained", "device", "device_map", "dtype", "attn_implementation", "video_backend"}
@@ -65,8 +64,6 @@ class Cell:
     @property
     def std(self) -> float | None:
         """Sample deviation over seeds."""
-        import numpy as np
-
         return float(np.std([run.value for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
 
     def mean(self, quantity: str) -> float:
@@ -75,8 +72,6 @@ class Cell:
 
     def scores(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """Per subtask, every sample's score averaged over seeds, and the clusters; `None` if samples have none."""
-        import numpy as np
-
         if not all(run.scores.parts for run in self.runs):
             return None
         by_subtask = zip(*(run.scores.parts for run in self.runs), strict=True)

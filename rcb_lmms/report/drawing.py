@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from PIL import ImageOps
+from PIL.Image import Image
 
 from rcb_lmms.families.places import painted
 from rcb_lmms.files import write_atomic
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 # Small images are drawn larger, so that borders of patches stay sharp; no image is drawn larger than the other number.
 SHORT_SIDE_PX, LONG_SIDE_PX = 420, 1680
@@ -22,8 +22,6 @@ PANELS_IN_A_ROW = 3
 
 def enlarged(image: Image, boxes: np.ndarray) -> tuple[Image, np.ndarray]:
     """An image at the size it is drawn in, and the boxes `(n, 4)` of its patches there."""
-    import numpy as np
-
     most = LONG_SIDE_PX / max(image.size)
     if most < 1:
         width, height = (max(1, round(length * most)) for length in image.size)
@@ -77,9 +75,7 @@ def draw_maps(
         out: path without ending.
         labels: token -> text, drawn on the first panel.
     """
-    import numpy as np
     from matplotlib.figure import Figure
-    from PIL import ImageOps
 
     shown, places = enlarged(image, boxes)
     rows, columns = -(-(1 + len(maps)) // PANELS_IN_A_ROW), PANELS_IN_A_ROW

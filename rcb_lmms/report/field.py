@@ -8,15 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import yaml
+
+from rcb_lmms.report.collect import Measured
 from rcb_lmms.report.reading import mean_of
 from rcb_lmms.report.summary import Setting, group, unpruned_of
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from rcb_lmms.report.collect import Measured
 
 DATA = Path(__file__).with_name("field.yaml")
 
@@ -24,8 +23,6 @@ DATA = Path(__file__).with_name("field.yaml")
 @functools.cache
 def field_data() -> dict[str, Any]:
     """The published tables: `checkpoint`, `columns` by task, and `tables` with `source`, `unpruned` and `rows`."""
-    import yaml
-
     return yaml.safe_load(DATA.read_text(encoding="utf-8"))
 
 
@@ -39,8 +36,6 @@ def beside_published(runs: Sequence[Measured]) -> pd.DataFrame:
     Raises:
         UserError: runs that cannot share a table; see `group`.
     """
-    import pandas as pd
-
     rows = group(runs)
     found = [_row(row, rows, table) for row in rows for table in field_data()["tables"]]
     return pd.DataFrame([row for row in found if row])
@@ -81,8 +76,6 @@ def _score(row: Setting, task: str, metrics: Sequence[str]) -> float | None:
 
 def readable_published(table: pd.DataFrame) -> pd.DataFrame:
     """The same as text, `here / published` in each cell."""
-    import pandas as pd
-
     text = {"method": table["method"], "budget": table["budget"], "published in": table["source"]}
     headings = {task: column["heading"] for task, column in field_data()["columns"].items()} | {"mean": "mean"}
     for task, heading in headings.items():

@@ -11,17 +11,20 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from PIL.Image import Image
+
+from rcb_lmms.engine.questions import load_turns, said
+from rcb_lmms.errors import UserError
+from rcb_lmms.families import load_family
+from rcb_lmms.families.base import Family
+from rcb_lmms.families.images import Visual
+from rcb_lmms.models.task_data import known_here
+from rcb_lmms.report.reading import Run
 from rcb_lmms.report.sheets import Sheet, sheets_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
-    from rcb_lmms.families.base import Family
-    from rcb_lmms.families.images import Visual
-    from rcb_lmms.report.reading import Run
+from rcb_lmms.runs.tasks import make_task_manager, working_directory
 
 LONG_SIDE_PX, FEW_COLOURS = 384, 4096
 # Of a run's record, what decides where its tokens lie.
@@ -95,9 +98,6 @@ class Gallery:
 
     def _visuals(self, run: Run, task: str, row: dict[str, Any], family: Family) -> list[Visual]:
         """What a sample shows, from the first data set that has the sample's document under its number."""
-        from rcb_lmms.engine.questions import load_turns, said
-        from rcb_lmms.runs.tasks import working_directory
-
         problem = None
         for folder in self._places(run, task):
             try:
@@ -125,7 +125,7 @@ class Gallery:
         folders = list(dict.fromkeys(folder.resolve() for folder in every if folder.is_dir()))
         if source and (known := [folder for folder in folders if (folder / source).is_dir()]):
             return known
-        if source and folders and _cached(source):
+        if source and folders and known_here(source):
             return folders[:1]
         raise NoPictures(
             f"the data set {source or 'of ' + task} is neither in {', '.join(map(str, folders))} nor in the cache"
@@ -209,9 +209,6 @@ def _family(family: str, pretrained: str, preprocess: str, split: str | None, ba
     Raises:
         NoPictures: the checkpoint's configuration and processor are not at hand.
     """
-    from rcb_lmms.errors import UserError
-    from rcb_lmms.families import load_family
-
     if None in (family, pretrained, preprocess, backend, frames):
         raise NoPictures("the record does not say how the model saw its images")
     options = {} if split is None else {"split": split == "True"}
@@ -232,8 +229,6 @@ def _family(family: str, pretrained: str, preprocess: str, split: str | None, ba
 def _load(task: str, folder: Path) -> Any:
     from lmms_eval import tasks
 
-    from rcb_lmms.runs.tasks import working_directory
-
     with working_directory(folder):
         try:
             return tasks.get_task_dict([task], _manager(task), "chat")[task]
@@ -243,15 +238,7 @@ def _load(task: str, folder: Path) -> Any:
 
 @functools.cache
 def _manager(task: str) -> Any:
-    from rcb_lmms.runs.tasks import make_task_manager
-
     return make_task_manager(tasks=[task])
-
-
-def _cached(source: str) -> bool:
-    from rcb_lmms.models.task_data import known_here
-
-    return known_here(source)
 
 
 def _document(loaded: Any, task: str, folder: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from tqdm import tqdm
 
 from rcb_lmms.errors import UserError
@@ -19,9 +21,6 @@ from rcb_lmms.report.flips import Cost, flips, model_label, run_label
 from rcb_lmms.report.gallery import Gallery
 from rcb_lmms.report.summary import Setting, group, model_of, summary_table, version_notes
 from rcb_lmms.report.tables import LEGEND, readable, row_names
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Together with answers and records, a file stays below 15 MB.
 MOST_IMAGE_BYTES = 8_000_000
@@ -91,8 +90,6 @@ def _models(runs: Sequence[Measured]) -> list[list[Setting]]:
 
 
 def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     loader = PackageLoader("rcb_lmms.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("report.html.jinja")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from rcb_lmms.report.agreement import cell_columns
 from rcb_lmms.report.cells import Cell, PaperTable
 from rcb_lmms.report.published import Block, Column, Layout, Row, layouts
 from rcb_lmms.report.statistics import mean_interval, paired_p
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARED = ("agreement", "right_to_wrong", "wrong_to_right", "hard_accuracy", "hard_samples")
 
@@ -24,8 +24,6 @@ def numbers(table: PaperTable) -> pd.DataFrame:
     percent), `retained_tokens`, `layer_average_tokens`, `control` (not a row of the paper), `folder`, and what the
     answers behind a cell have in common with the unpruned model's (see `cell_columns`).
     """
-    import pandas as pd
-
     rows = []
     for block in table.layout.blocks:
         for row in block.rows:
@@ -117,8 +115,6 @@ def comparisons(table: PaperTable) -> pd.DataFrame:
     `difference` on the printed scale with `low` and `high` (95%, bootstrap over images), `p` (permutation of whole
     images, two-sided).
     """
-    import pandas as pd
-
     rows = [
         {"block": block.title, "row": row.label, "against": label, "column": column.heading, **found}
         for block in table.layout.blocks
@@ -144,8 +140,6 @@ def _others(table: PaperTable, block: Block, row: Row, column: Column) -> Iterat
 
 
 def _compared(column: Column, cell: Cell | None, other: Cell | None) -> dict[str, float] | None:
-    import numpy as np
-
     if cell is None or other is None or (mine := cell.scores()) is None or (theirs := other.scores()) is None:
         return None
     pairs = [(first, second, clusters) for (first, clusters), (second, _) in zip(mine, theirs, strict=True)]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report.cells import PaperTable, measure
 from rcb_lmms.report.collect import left_out
 from rcb_lmms.report.drawing import save_figure
 from rcb_lmms.report.paper import comparisons, numbers
+from rcb_lmms.report.plots import STYLES
 from rcb_lmms.report.published import Layout
 from rcb_lmms.report.tables import probability
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LEGEND = """\
 First line of a row: printed in the paper; second line: measured. In brackets: percent of the unpruned model of the \
@@ -37,8 +38,6 @@ def readable(layout: Layout, frame: pd.DataFrame, measured_on: str = "here") -> 
         frame: its numbers.
         measured_on: what the measured lines are called.
     """
-    import pandas as pd
-
     headings = list(layout.averages)
     if not layout.only_averages:
         headings = [column.heading for column in layout.columns] + headings
@@ -71,8 +70,6 @@ def _line(layout: Layout, label: str, source: str, kind: str, cells: dict[str, A
 
 
 def _text(cell: Any, kind: str, is_average: bool) -> str:
-    import pandas as pd
-
     value = getattr(cell, kind)
     if pd.isna(value):
         return ""
@@ -84,8 +81,6 @@ def _text(cell: Any, kind: str, is_average: bool) -> str:
 
 def _tokens(cells: list[Any], kind: str) -> str:
     """Retained tokens: one number where the columns agree on it."""
-    import pandas as pd
-
     name = "published_tokens" if kind == "published" else "retained_tokens"
     texts = ["" if pd.isna(getattr(cell, name)) else f"{getattr(cell, name):.0f}" for cell in cells]
     known = {text for text in texts if text}
@@ -94,8 +89,6 @@ def _tokens(cells: list[Any], kind: str) -> str:
 
 def readable_comparisons(frame: pd.DataFrame) -> pd.DataFrame:
     """A table of `comparisons` as text."""
-    import pandas as pd
-
     rows = [
         {
             "block": row.block,
@@ -153,8 +146,6 @@ def blank(table: PaperTable) -> list[str]:
 
 
 def _tabulated(frame: pd.DataFrame, form: str) -> str:
-    from tabulate import tabulate
-
     return tabulate(frame, headers="keys", tablefmt=form, disable_numparse=True, showindex=False)
 
 
@@ -176,8 +167,6 @@ def figure(layout: Layout, frame: pd.DataFrame, measured_on: str) -> Any:
 
 
 def _draw(axes: Any, layout: Layout, frame: pd.DataFrame, measured_on: str) -> None:
-    from rcb_lmms.report.plots import STYLES
-
     (block,) = layout.blocks
     values = frame.set_index("row")
     for method in dict.fromkeys(row.method for row in block.rows):

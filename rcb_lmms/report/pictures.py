@@ -6,7 +6,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from PIL import Image as pil
+from PIL import ImageOps
+from PIL.Image import Image
 
 from rcb_lmms.engine.questions import Answer, Question
 from rcb_lmms.engine.session import Session
@@ -17,10 +22,6 @@ from rcb_lmms.pruners import make_pruner
 from rcb_lmms.pruners.base import Pruner
 from rcb_lmms.report.drawing import FORMATS, drawable, enlarged, panel_image, save_figure
 from rcb_lmms.report.sheets import Kept, Sheet, kept_of, sheets_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 QUESTION = "What does this image show?"
 INCHES, CAPTION_LETTERS = 1.75, 30
@@ -54,9 +55,6 @@ class Column:
 
 def highlight(image: Image, boxes: np.ndarray, kept: np.ndarray) -> Image:
     """The image with kept patches as they are, pruned ones grey and dark, and what no patch covers nearly white."""
-    import numpy as np
-    from PIL import Image as pil
-
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     seen = kept_mask(image.size, boxes, np.arange(len(boxes)))
     stays = kept_mask(image.size, boxes, kept)
@@ -215,15 +213,11 @@ def _off(canvas: Image, boxes: np.ndarray) -> np.ndarray:
 
 def _chosen(sheet: Sheet, kept: Sequence[Kept]) -> np.ndarray:
     """Indices of the kept tokens among all tokens of a sheet."""
-    import numpy as np
-
     starts = np.cumsum([0, *map(len, sheet.boxes)])
     return np.concatenate([start + kept[number].indices for start, number in zip(starts, sheet.views, strict=False)])
 
 
 def _draw_line(panels: Sequence[Any], line: _Line) -> None:
-    import numpy as np
-
     sheet = line.sheet
     canvas, boxes = enlarged(sheet.canvas, np.concatenate(sheet.boxes))
     parts = np.split(boxes, _ends(sheet))
@@ -240,16 +234,11 @@ def _draw_line(panels: Sequence[Any], line: _Line) -> None:
 
 
 def _ends(sheet: Sheet) -> list[int]:
-    import numpy as np
-
     return np.cumsum([len(boxes) for boxes in sheet.boxes])[:-1].tolist()
 
 
 def _draw_scores(panels: Sequence[Any], line: _Line) -> None:
     """Each method's scores over the image, in its own scale: bright tokens stay first."""
-    import numpy as np
-    from PIL import ImageOps
-
     sheet = line.sheet
     canvas, boxes = enlarged(sheet.canvas, np.concatenate(sheet.boxes))
     grey = 0.5 + 0.5 * np.asarray(ImageOps.grayscale(canvas)) / 255
@@ -265,7 +254,6 @@ def _draw_scores(panels: Sequence[Any], line: _Line) -> None:
 
 def _outline(panel: Any, boxes: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> None:
     """A line between kept and pruned patches, white within black, which is seen on any background."""
-    import numpy as np
     from matplotlib.collections import LineCollection
 
     stays = np.zeros((grid[0] + 2, grid[1] + 2), bool)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from rcb_lmms.lab.checkpoint import is_lab
 from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.collect import Benchmark
 from rcb_lmms.report.drawing import save_figure
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008); markers differ as well.
 STYLES = {

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rcb_lmms.errors import UserError
+from rcb_lmms.files import write_atomic
+from rcb_lmms.resources import data_dir
 from rcb_lmms.runs.configs import Entry
 
 DATA = Path(__file__).with_name("published.yaml")
@@ -144,8 +148,6 @@ def entry_name(model: str, arguments: dict[str, str], codebook: str | None = Non
 @functools.cache
 def layouts() -> dict[str, Layout]:
     """All tables by key: `table-1`, `table-2`, `table-3`, `figure-9`."""
-    import yaml
-
     data = yaml.safe_load(DATA.read_text(encoding="utf-8"))
     columns = {heading: Column(heading, **own) for heading, own in data["benchmarks"].items()}
     return {key: _layout(key, description, columns) for key, description in data["layouts"].items()}
@@ -257,9 +259,6 @@ def _config_text(name: str, table: Layout, block: Block, rows: list[Row]) -> str
 
 def main() -> None:
     """Write `eval_configs/`."""
-    from rcb_lmms.files import write_atomic
-    from rcb_lmms.resources import data_dir
-
     for name, text in eval_configs().items():
         print(f"wrote {write_atomic(data_dir('eval_configs') / f'{name}.yaml', text)}")
 

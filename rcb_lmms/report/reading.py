@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from rcb_lmms.files import answers_hash, no_file, read_jsonl
@@ -130,8 +131,6 @@ class Run:
         Raises:
             Unusable: samples that are missing, damaged or another run's.
         """
-        import numpy as np
-
         found: list[Samples] = []
         answers: list[str] = []
         marks: list[float] = []

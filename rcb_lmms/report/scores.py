@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 # What the samples of one cluster count for.
 COMBINE: dict[str | None, Callable[[list[float]], list[float]]] = {
@@ -50,15 +49,11 @@ class Scores:
     @property
     def values(self) -> np.ndarray:
         """The scores of all parts, `(n,)`."""
-        import numpy as np
-
         return np.concatenate([part.values for part in self.parts])
 
     @property
     def clusters(self) -> np.ndarray:
         """The labels of all parts, `(n,)`; no two parts share one."""
-        import numpy as np
-
         if len(self.parts) == 1:
             return self.parts[0].clusters
         return np.concatenate([np.char.add(f"{number} ", part.clusters) for number, part in enumerate(self.parts)])
@@ -66,8 +61,6 @@ class Scores:
     @property
     def judged(self) -> bool:
         """Whether every answer that is scored is right or wrong, 1 or 0, and nothing between."""
-        import numpy as np
-
         marks = self.marks[~np.isnan(self.marks)]
         return bool(len(marks) and np.isin(marks, (0, 1)).all())
 
@@ -76,8 +69,6 @@ def samples_of(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], combine: str | None, cluster: str | None
 ) -> list[Samples]:
     """Samples by subtask, arguments as in `Run.scores`; none if some have no score."""
-    import numpy as np
-
     parts: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         own = scored_by(row, metrics)

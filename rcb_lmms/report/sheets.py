@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image as pil
+from PIL.Image import Image
 
 from rcb_lmms.engine.questions import Question
 from rcb_lmms.engine.session import Session
@@ -13,10 +17,6 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.families.base import Family
 from rcb_lmms.families.images import Visual
 from rcb_lmms.pruners.base import VisualTokens
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif")
 # Frames on a contact sheet, and the gap between them.
@@ -94,9 +94,6 @@ def sheets_of(
 
 def _contact_sheet(frames: Sequence[Image], boxes: Sequence[np.ndarray]) -> tuple[Image, list[np.ndarray]]:
     """Frames in rows on white, each in a cell of one size, and the boxes moved with them."""
-    import numpy as np
-    from PIL import Image as pil
-
     columns = int(np.ceil(np.sqrt(len(frames))))
     scales = [CELL_PX / max(frame.size) for frame in frames]
     cell_height = max(round(frame.height * scale) for frame, scale in zip(frames, scales, strict=True))
@@ -125,8 +122,6 @@ def kept_of(session: Session, question: Question) -> tuple[list[list[VisualToken
     Raises:
         UserError: a method that keeps none of the image's own tokens, or a packing that cuts tokens off.
     """
-    import torch
-
     if session.pruner.stage == "pixels":
         raise UserError(
             wanted=f"draw the tokens that {session.pruner.name} keeps",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
@@ -24,8 +24,6 @@ class Interval(NamedTuple):
 
 def cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per cluster, the sum of its values and their number, each `(c,)`."""
-    import numpy as np
-
     _, index = np.unique(clusters, return_inverse=True)
     return np.bincount(index, weights=values), np.bincount(index).astype(float)
 
@@ -36,8 +34,6 @@ def accuracy_interval(values: np.ndarray, clusters: np.ndarray) -> Interval:
     If all samples are right or all are wrong, resampling sees no variation; then the interval is Clopper and Pearson's,
     with whole clusters as trials.
     """
-    from scipy.stats import binomtest
-
     mean = float(values.mean())
     if mean in (0.0, 1.0) and (values == mean).all():
         number = len(set(clusters.tolist()))
@@ -48,9 +44,6 @@ def accuracy_interval(values: np.ndarray, clusters: np.ndarray) -> Interval:
 
 def mean_interval(values: np.ndarray, clusters: np.ndarray) -> Interval:
     """Mean of any values, such as differences of two methods' scores, with a percentile bootstrap over clusters."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
     mean = float(values.mean())
     sums, counts = cluster_sums(values, clusters)
     if len(sums) < 2 or np.ptp(values) == 0:
@@ -76,9 +69,6 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     Raises:
         ValueError: scores that are neither 0 nor 1.
     """
-    import numpy as np
-    from scipy.stats import binomtest
-
     if not np.isin(np.concatenate([first, second]), (0, 1)).all():
         raise ValueError("McNemar's test needs scores of 0 and 1")
     gains, losses = int(np.sum(first > second)), int(np.sum(first < second))
@@ -94,9 +84,6 @@ def paired_p(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> floa
         pairs: per task, the scores of both methods and the clusters, each `(n,)`; with several tasks the statistic is
             the mean over tasks of the differences in mean score.
     """
-    import numpy as np
-    from scipy.stats import permutation_test
-
     per_task = [[cluster_sums(values, clusters)[0] / len(values) for values in two] for *two, clusters in pairs]
     first, second = (np.concatenate(sums) for sums in zip(*per_task, strict=True))
     differing = first != second

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.agreement import agreement_columns
 from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Benchmark, Measured
 from rcb_lmms.report.reading import mean_of
 from rcb_lmms.report.statistics import accuracy_interval, mcnemar, mean_interval, paired_p
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
 
 _PLACES = ("pretrained", "device", "device_map", "dtype", "seed", "batch_size", "max_batch_size")
 
@@ -52,8 +52,6 @@ class Setting:
 
     def scores(self, task: str) -> np.ndarray:
         """`(n,)` score of every sample, averaged over the seeds."""
-        import numpy as np
-
         return np.mean([run.scores[task].values for run in self.runs], axis=0)
 
     def headline(self, task: str) -> float | None:
@@ -84,8 +82,6 @@ def group(runs: Sequence[Measured]) -> list[Setting]:
     Raises:
         UserError: two runs of one setting and seed, or runs of one task over different samples.
     """
-    from rcb_lmms.pruners import PRUNERS
-
     settings: dict[tuple, dict[str, Measured]] = {}
     for run in runs:
         seeds = settings.setdefault(run.setting, {})
@@ -141,8 +137,6 @@ def summary_table(runs: Sequence[Measured]) -> pd.DataFrame:
     Raises:
         UserError: runs that cannot share a table; see `group`.
     """
-    import pandas as pd
-
     rows, benchmarks = group(runs), benchmarks_of(runs)
     tasks = [task for task in benchmarks if any(task in row.tasks for row in rows)]
     table = pd.DataFrame([_numbers(row, rows, tasks) for row in rows])
@@ -188,8 +182,6 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
 
 
 def _task_numbers(row: Setting, task: str) -> dict[str, float | None]:
-    import numpy as np
-
     interval = accuracy_interval(row.scores(task), row.first.scores[task].clusters)
     seeds = [float(run.scores[task].values.mean()) for run in row.runs]
     return {
@@ -253,8 +245,6 @@ def comparison_table(runs: Sequence[Measured]) -> pd.DataFrame:
     over images), `p` (permutation of whole images; random averaged over its seeds, sample by sample) and `mcnemar_p`
     (exact, the largest over seeds; takes questions for independent).
     """
-    import pandas as pd
-
     rows = group(runs)
     found = []
     for row in rows:
@@ -286,8 +276,6 @@ def _comparison(row: Setting, random: Setting, task: str) -> dict[str, Any]:
 
 def _mcnemar(row: Setting, random: Setting, task: str) -> float | None:
     """The largest over seeds; none for answers that are not just right or wrong."""
-    import numpy as np
-
     pairs = [(one.scores[task].values, two.scores[task].values) for one in row.runs for two in random.runs]
     if not np.isin(np.concatenate([values for pair in pairs for values in pair]), (0, 1)).all():
         return None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
 
 from rcb_lmms.files import write_atomic
 from rcb_lmms.report.collect import Excluded, Measured, left_out
 from rcb_lmms.report.field import beside_published, readable_published
 from rcb_lmms.report.summary import comparison_table, summary_table, version_notes
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 # Behind the point, of scores in percent and of others.
 DIGITS = {100: 1, 1: 3}
@@ -26,8 +25,6 @@ def row_names(table: pd.DataFrame) -> list[str]:
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """A summary table as text, for people: percent, intervals in brackets, blanks for what is missing."""
-    import pandas as pd
-
     unit, factor = ("GFLOPs", 1e3) if table["prefill_tflops"].max() < 0.1 else ("TFLOPs", 1.0)
     text = {"checkpoint": table["pretrained"].fillna("")} if table["pretrained"].nunique(dropna=False) > 1 else {}
     text |= {
@@ -56,8 +53,6 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def readable_comparisons(table: pd.DataFrame) -> pd.DataFrame:
     """A comparison table as text, differences in percentage points."""
-    import pandas as pd
-
     rows = [
         {
             "method": name,
@@ -79,8 +74,6 @@ def _difference(row: Any, unit: int) -> str:
 
 def probability(p: float | None) -> str:
     """A p-value as text; 9999 draws resolve nothing finer than 0.0002."""
-    import pandas as pd
-
     if pd.isna(p):
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -88,16 +81,12 @@ def probability(p: float | None) -> str:
 
 def _budget(row: Any) -> str:
     """The budget as given, with the tokens that it means unless it says so itself."""
-    import pandas as pd
-
     if pd.isna(row.target_tokens) or row.budget.startswith("keep="):
         return row.budget
     return f"{row.budget} ({row.target_tokens:.1f} tokens)".strip()
 
 
 def _accuracy(row: Any, task: str, unit: int) -> str:
-    import pandas as pd
-
     if pd.isna(row[f"{task}_accuracy"]):
         return ""
     mean, low, high = (f"{unit * row[f'{task}_{name}']:.{DIGITS[unit]}f}" for name in ("accuracy", "low", "high"))
@@ -106,8 +95,6 @@ def _accuracy(row: Any, task: str, unit: int) -> str:
 
 
 def _column(values: pd.Series, form: str) -> list[str]:
-    import pandas as pd
-
     return ["" if pd.isna(value) else form.format(value) for value in values]
 
 
@@ -160,8 +147,6 @@ def write_tables(runs: Sequence[Measured], excluded: Sequence[Excluded], out: Pa
 
 def for_terminal(table: pd.DataFrame) -> str:
     """A summary table as lines of plain text."""
-    from tabulate import tabulate
-
     frame = readable(table)
     align = ["left", "left", *["right"] * (frame.shape[1] - 2)]
     options = {"tablefmt": "simple", "disable_numparse": True, "maxheadercolwidths": 12, "showindex": False}
