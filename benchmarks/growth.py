@@ -6,7 +6,7 @@ The laboratory's LLaVA-1.5 with RCB at 36 of 144 tokens answers 18 questions abo
 540 questions about each of 8 images: a factor of 30 in both. What is remembered of images and prompts is bounded to
 16 MB, so that memory is seen to be flat long before a benchmark fills the bounds that sessions have. Then one process
 answers 18 questions about each of 120 images, and two share them, each on a core of its own: each has half the images,
-or takes its turn of the questions, as lmms-eval deals them out, and sees every image.
+as the entries deal them, or takes its turn of the questions, as lmms-eval does, and sees every image.
 
 Every measurement is a process of its own, and medians count; loading is timed apart, and memory is the peak above that
 after loading and warming up. Beside the table, `growth.png` is written. The last line is one JSON object.
