@@ -12,17 +12,36 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from scipy.spatial.distance import jensenshannon
 from typer.testing import CliRunner
 
+from rcb_lmms.analysis.curves import confident_shares, curves, explain_curves
+from rcb_lmms.analysis.features import candidate_map, embed, explain_outliers, image_features
 from rcb_lmms.analysis.images import open_shown, parse_tokens
+from rcb_lmms.analysis.influence import (
+    candidate_changes,
+    changed_answers,
+    explain_cascade,
+    influence,
+    influence_maps,
+    influence_table,
+)
+from rcb_lmms.analysis.prototypes import coverage, crop, gallery
+from rcb_lmms.analysis.study import ablate, ablation_table
 from rcb_lmms.analysis.tokens import decoder_layers, read_tokens, token_maps
 from rcb_lmms.cli import app
+from rcb_lmms.codebook import Codebook
+from rcb_lmms.codebook.build import build, threshold
+from rcb_lmms.codebook.dpc import dpc_knn
+from rcb_lmms.codebook.probe import ImageStatistics
+from rcb_lmms.codebook.select import patch_scores
 from rcb_lmms.codebook.settings import settings_for
 from rcb_lmms.engine.layer_attention import last_token_attention
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family
 from rcb_lmms.families.places import painted
+from rcb_lmms.lab.scenes import make_scene
 from rcb_lmms.pruners import make_pruner
 
 SCENE = 3
@@ -50,8 +69,6 @@ def lab():
 
 @pytest.fixture(scope="module")
 def scene():
-    from rcb_lmms.lab.scenes import make_scene
-
     return make_scene("codebook", SCENE)
 
 
@@ -170,15 +187,11 @@ def test_tokens_command_writes_a_table_and_overlays(checkpoint, tmp_path):
 
 def jensen_shannon(intact, ablated, top_k):
     """Eq. 7 to 10 by scipy, which returns the root."""
-    from scipy.spatial.distance import jensenshannon
-
     ids = intact.topk(top_k).indices
     return jensenshannon(intact[ids].softmax(-1).numpy(), ablated[ids].softmax(-1).numpy()) ** 2
 
 
 def test_divergences_are_those_of_prompts_made_by_hand(session, shown):
-    from rcb_lmms.analysis.influence import influence, influence_maps, influence_table
-
     settings = settings_for("llava", "paper", article="keep", prompt="Is it red?")
     found = influence(session, shown, [0, 6, 15], settings)
     family, tokens = session.family, shown.view.features
@@ -211,8 +224,6 @@ def test_divergences_are_those_of_prompts_made_by_hand(session, shown):
 
 
 def test_the_candidates_that_move_most_are_named_with_both_logits(session, shown, settings):
-    from rcb_lmms.analysis.influence import candidate_changes, changed_answers, influence
-
     found = influence(session, shown, [2, 9], settings)
     changes = candidate_changes(session, found, [1], count=3)
     assert changes["token"].unique().tolist() == [9]
@@ -230,8 +241,6 @@ def test_the_candidates_that_move_most_are_named_with_both_logits(session, shown
 
 
 def test_a_scene_answers_otherwise_without_the_window_on_its_object(lab, scene):
-    from rcb_lmms.analysis.influence import candidate_changes, explain_cascade, influence
-
     settings = settings_for("llava", "lab")
     found = influence(lab, open_shown(lab, scene.image()), range(144), settings)
     owner = scene.patch_owner().ravel()
@@ -274,8 +283,6 @@ def patches_of(values, keys):
 
 
 def test_curves_average_what_stands_at_one_rank():
-    from rcb_lmms.analysis.curves import confident_shares, curves, explain_curves
-
     values = np.array([[0.1, 0.9, 0.5, 0.3], [0.8, 0.2, 0.4, 0.6], [0.2, 0.4, 0.9, 0.1]])
     keys = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4]])
     table = patches_of(values, keys)
@@ -298,8 +305,6 @@ def test_curves_average_what_stands_at_one_rank():
 
 
 def test_a_value_that_follows_the_order_falls_with_it():
-    from rcb_lmms.analysis.curves import curves, explain_curves
-
     random = np.random.default_rng(0)
     keys = random.random((12, 9))
     table = patches_of(keys + 0.3 * random.random((12, 9)), keys)
@@ -336,10 +341,6 @@ def test_curves_command_measures_an_even_grid(checkpoint, session, tmp_path):
 @pytest.fixture(scope="module")
 def stats(family, tmp_path_factory):
     """Finished statistics of four tiny images, and settings of which every threshold lets a part of the tokens pass."""
-    from rcb_lmms.codebook.build import build
-    from rcb_lmms.codebook.probe import ImageStatistics
-    from rcb_lmms.codebook.select import patch_scores
-
     folder = tmp_path_factory.mktemp("built")
     for seed in range(4):
         tiny.random_image(seed).save(folder / f"{seed}.png")
@@ -354,8 +355,6 @@ def stats(family, tmp_path_factory):
 
 
 def test_the_plane_of_a_pca_is_that_of_the_singular_vectors():
-    from rcb_lmms.analysis.features import embed
-
     tokens = np.random.default_rng(0).normal(size=(30, 6)) * [5, 3, 1, 1, 1, 1]
     centred = tokens - tokens.mean(0)
     expected = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
@@ -368,9 +367,6 @@ def test_the_plane_of_a_pca_is_that_of_the_singular_vectors():
 
 
 def test_an_images_tokens_carry_their_cluster_and_what_they_say(session, shown):
-    from rcb_lmms.analysis.features import explain_outliers, image_features
-    from rcb_lmms.codebook.dpc import dpc_knn
-
     settings = settings_for("llava", "paper", article="keep", prompt="Is it red?", clusters_per_image=3)
     table = image_features(session, shown, settings, "pca")
     labels = dpc_knn(shown.view.features, 3, 16, include_self=False).labels
@@ -382,8 +378,6 @@ def test_an_images_tokens_carry_their_cluster_and_what_they_say(session, shown):
 
 
 def test_small_clusters_of_silent_tokens_are_called_outliers():
-    from rcb_lmms.analysis.features import explain_outliers
-
     table = pd.DataFrame({"probability": [0.1] * 6 + [0.9] * 20, "cluster_size": [2] * 6 + [10] * 20})
     assert explain_outliers(table, 0.3).endswith("as here.")
     table["cluster_size"] = table["cluster_size"].max() + 2 - table["cluster_size"]
@@ -392,9 +386,6 @@ def test_small_clusters_of_silent_tokens_are_called_outliers():
 
 
 def test_candidates_of_many_images_are_those_of_the_codebook(stats):
-    from rcb_lmms.analysis.features import candidate_map
-    from rcb_lmms.codebook.build import threshold
-
     codebook = threshold(*stats)
     table, told = candidate_map(*stats, "pca")
     common = table[table["common"]]
@@ -407,8 +398,6 @@ def test_candidates_of_many_images_are_those_of_the_codebook(stats):
 
 
 def test_a_codebook_of_the_first_images_is_that_of_a_build_of_them(family, stats, tmp_path):
-    from rcb_lmms.codebook.build import build, threshold
-
     folder, settings = stats
     images = sorted(folder.parent.glob("*.png"))[:3]
     alone = build(family, images, tmp_path / "three.safetensors", settings, progress=False)
@@ -436,8 +425,6 @@ def test_features_command_draws_an_image_or_candidates(checkpoint, stats, tmp_pa
 
 
 def test_every_threshold_left_out_lets_more_pass(stats):
-    from rcb_lmms.analysis.study import ablate, ablation_table
-
     folder, settings = stats
     variants = ablate(folder, settings, shares=(0.75, 0.2))
     assert [own.name for own in variants] == [
@@ -458,9 +445,6 @@ def test_every_threshold_left_out_lets_more_pass(stats):
 
 
 def test_agreement_counts_tokens_that_both_keep(stats):
-    from rcb_lmms.analysis.study import ablate, ablation_table
-    from rcb_lmms.codebook.probe import ImageStatistics
-
     folder, settings = stats
     variants = ablate(folder, settings, shares=())
     shares = []
@@ -476,9 +460,6 @@ def test_agreement_counts_tokens_that_both_keep(stats):
 
 
 def test_coverage_is_the_share_of_tokens_near_a_prototype(session, stats):
-    from rcb_lmms.analysis.prototypes import coverage
-    from rcb_lmms.codebook.build import threshold
-
     folder, settings = stats
     codebook, images = threshold(folder, settings), sorted(folder.parent.glob("*.png"))
     table, facts = coverage(session, codebook, images)
@@ -495,10 +476,6 @@ def test_coverage_is_the_share_of_tokens_near_a_prototype(session, stats):
 
 
 def test_the_gallery_shows_the_patches_behind_the_prototypes(session, stats):
-    from rcb_lmms.analysis.prototypes import crop, gallery
-    from rcb_lmms.codebook import Codebook
-    from rcb_lmms.codebook.build import threshold
-
     folder, settings = stats
     codebook, images = threshold(folder, settings), sorted(folder.parent.glob("*.png"))
     found = gallery(session, codebook, images)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import tiny
+import tiny_next
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -19,10 +20,12 @@ from rcb_lmms.budget import Budget
 from rcb_lmms.cli import app
 from rcb_lmms.cost import DecoderShape, projector_flops, tower_flops
 from rcb_lmms.engine.generation import layer_steps, left_pad, prune_prompts
+from rcb_lmms.engine.questions import Question
 from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family, shapes
 from rcb_lmms.families.towers import states_of
+from rcb_lmms.lab.scenes import make_scene
 from rcb_lmms.pruners import PRUNERS, make_pruner
 from rcb_lmms.pruners.tokens import PromptSizes
 
@@ -115,8 +118,6 @@ def test_random_weights_are_drawn_in_their_type_and_answer(small_shape):
 
 
 def said(number: int = 0):
-    from rcb_lmms.engine.questions import Question
-
     return Question(QUESTION, [tiny.random_image(number)])
 
 
@@ -130,8 +131,6 @@ def lab():
 
 @pytest.fixture
 def prompt(lab):
-    from rcb_lmms.lab.scenes import make_scene
-
     ((view,),) = lab.encode([make_scene("test", 0).image()])
     return lab.embed(lab.prompt(QUESTION), [lab.pack_base(view.features)])
 
@@ -245,8 +244,6 @@ def test_a_table_has_medians_formulas_and_bytes_of_one_question(family):
 
 @pytest.mark.parametrize("name", ["fastv", "sparsevlm", "dart"])
 def test_layers_of_an_image_in_tiles_see_what_the_ledger_says(tmp_path, name):
-    import tiny_next
-
     tiled = load_family(str(tiny_next.save_next(tmp_path)))
     pruner = make_pruner(name, budget=Budget.tokens(9))
     row = Session(tiled, pruner).answer([said()], max_new_tokens=1)[0].row

@@ -14,16 +14,20 @@ import pytest
 import tiny
 import tiny_next
 import tiny_onevision
+from datasets import load_dataset
 from PIL import Image
 from stored import NATIVE, save_run
 
 from rcb_lmms.engine.clock import STAGES
 from rcb_lmms.engine.ledger import pack_kept
 from rcb_lmms.errors import UserError
+from rcb_lmms.families import load_family
+from rcb_lmms.families.images import Visual
 from rcb_lmms.families.places import split_region
 from rcb_lmms.report import charts, gallery, html, statistics
 from rcb_lmms.report.collect import collect
 from rcb_lmms.report.sheets import Sheet
+from rcb_lmms.runs.folder import run_evaluation
 
 COUNT = 12
 HOSTILE = '</script><script>alert("x")</script><b onclick=x>&amp;\x00'
@@ -158,8 +162,6 @@ def test_models_stand_apart(results):
 
 
 def test_a_sample_shows_its_image_with_the_places_of_its_tokens(checkpoint, pope_tree, tmp_path, monkeypatch):
-    from rcb_lmms.runs.folder import run_evaluation
-
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(pope_tree)
     for entry, own in (("llava_full", {}), ("llava_random", {"keep": 1})):
@@ -200,16 +202,11 @@ def _image(uri: str) -> Image.Image:
 
 
 def _original(tree: Path, document: int) -> Image.Image:
-    from datasets import load_dataset
-
     return load_dataset(str(tree / "lmms-lab-encoder" / "POPE"), split="test")[document]["image"].convert("RGB")
 
 
 @pytest.mark.parametrize("save", [tiny.save_llava, tiny_next.save_next, tiny_onevision.save_onevision])
 def test_a_family_without_weights_knows_the_same_places(save, tmp_path):
-    from rcb_lmms.families import load_family
-    from rcb_lmms.families.images import Visual
-
     folder = str(save(tmp_path / "checkpoint"))
     whole, empty = load_family(folder), load_family(folder, weights=False)
     visual = Visual((Image.new("RGB", (90, 40)),))

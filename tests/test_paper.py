@@ -14,10 +14,11 @@ import pytest
 from stored import edit, save_folder
 
 from rcb_lmms.errors import UserError
+from rcb_lmms.models.arguments import resolve
 from rcb_lmms.pruners.schedules import mean_tokens
 from rcb_lmms.report import statistics
 from rcb_lmms.report.cells import measure
-from rcb_lmms.report.collect import Excluded, left_out
+from rcb_lmms.report.collect import Excluded, collect, left_out
 from rcb_lmms.report.paper import comparisons, numbers
 from rcb_lmms.report.paper_text import readable, write_paper_table
 from rcb_lmms.report.published import eval_configs, layout, layouts
@@ -206,8 +207,6 @@ def test_every_run_of_a_table_is_in_a_configuration():
 
 
 def test_model_args_resolve_without_loading_a_model(codebook_file):
-    from rcb_lmms.models.arguments import resolve
-
     field = [f"field_llava-1.5-7b_{keep}" for keep in (192, 128, 64)]
     for entry in {(entry.model, entry.arguments) for entry in read_configs([*eval_configs(), *field])}:
         model, arguments = entry[0], dict(entry[1])
@@ -222,8 +221,6 @@ def test_model_args_resolve_without_loading_a_model(codebook_file):
 
 
 def test_every_schedule_of_the_fields_table_can_be_met():
-    from rcb_lmms.models.arguments import resolve
-
     means = {}
     for keep in (192, 128, 64):
         for entry in read_configs([f"field_llava-1.5-7b_{keep}"]):
@@ -485,8 +482,6 @@ def test_a_missing_folder_and_an_unknown_table_are_errors(tmp_path):
 
 def test_runs_of_single_tasks_are_one_row_of_the_plain_table(tmp_path):
     from test_report import answers, write_run
-
-    from rcb_lmms.report.collect import collect
 
     speed = {"totals": {"questions": 200, "questions_per_second": 10.0}}
     write_run(tmp_path / "full" / "pope", "none", {"pope": answers(0.9)}, **speed)

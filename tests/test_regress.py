@@ -11,11 +11,20 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from scipy.stats import binom
 from typer.testing import CliRunner
 
+from rcb_lmms.budget import Budget
+from rcb_lmms.cli import app
+from rcb_lmms.engine import session
 from rcb_lmms.errors import UserError
+from rcb_lmms.families import load_family
+from rcb_lmms.models.requests import Request
+from rcb_lmms.pruners import make_pruner
+from rcb_lmms.pruners.fastv import FastV
 from rcb_lmms.pruners.random import RandomPruning
+from rcb_lmms.pruners.rcb import RCB
 from rcb_lmms.regress import command, observe, subset
 from rcb_lmms.regress.compare import compare, flips_p, shift_p
 from rcb_lmms.regress.declaration import Declaration, Subset, Tolerance
@@ -143,10 +152,6 @@ def test_several_images_and_videos_are_held_too(manager, codebook_file, capsys, 
 def test_kept_sets_are_those_of_eager_attention_and_of_the_seed(recorded, family, pope_tree, checkpoint):
     path = recorded("fastv", "random")
     fastv, random = (Golden.read(path.with_suffix("") / f"{name}.jsonl") for name in ("fastv", "random"))
-    from rcb_lmms.budget import Budget
-    from rcb_lmms.families import load_family
-    from rcb_lmms.pruners import make_pruner
-
     eager = load_family(str(checkpoint), attn_implementation="eager")
     pruner = make_pruner("random", budget=Budget.tokens(3), seed=1)
     for sample, drawn in zip(fastv.samples[:4], random.samples[:4], strict=True):
@@ -210,8 +215,6 @@ def test_behaviour_that_changed_behind_the_same_arguments_is_a_regression(record
 
 
 def test_a_changed_default_is_named(recorded, manager, capsys, monkeypatch):
-    from rcb_lmms.pruners.fastv import FastV
-
     path = recorded("fastv")
     defaults = tuple("mask" if value == "drop" else value for value in FastV.__init__.__defaults__)
     monkeypatch.setattr(FastV.__init__, "__defaults__", defaults)
@@ -221,8 +224,6 @@ def test_a_changed_default_is_named(recorded, manager, capsys, monkeypatch):
 
 
 def test_no_stored_calibration_hides_a_changed_calibrator(recorded, manager, capsys, monkeypatch):
-    from rcb_lmms.pruners.rcb import RCB
-
     path = recorded("rcb")
     fit = RCB.fit
     monkeypatch.setattr(RCB, "fit", lambda self, evidence, weights, target: fit(self, evidence, weights, target + 1))
@@ -267,8 +268,6 @@ def test_changed_data_are_told_apart_from_changed_results(recorded, manager, cap
 
 
 def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsys, monkeypatch, tmp_path):
-    from rcb_lmms.engine import session
-
     path = recorded("random")
     golden = path.with_suffix("") / "random.jsonl"
     before, generate, calls = golden.read_bytes(), session.generate, []
@@ -294,7 +293,6 @@ def test_a_killed_check_goes_on_and_leaves_nothing_half(recorded, manager, capsy
 
 def test_samples_that_fail_or_benchmarks_that_are_not_there_are_no_regression(recorded, manager, capsys, monkeypatch):
     path = recorded("random")
-    from rcb_lmms.models.requests import Request
 
     def unreadable(self, family):
         raise UserError(wanted="read an image", found="noise", allowed="an image", next_step="mend it")
@@ -536,8 +534,6 @@ def test_documents_that_belong_together_are_chosen_together():
 
 
 def test_equal_documents_have_names_of_their_own():
-    from datasets import Dataset
-
     docs = Dataset.from_list([{"q": "a", "n": [1]}, {"q": "b", "n": []}, {"q": "a", "n": [1]}])
     task = SimpleNamespace(dataset_no_image={"test": docs}, config=SimpleNamespace(test_split="test"))
     names = list(subset.documents(task))
@@ -587,8 +583,6 @@ def test_entries_and_tasks_that_do_not_exist_are_refused(manager, declared, caps
 
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_the_command_leaves_with_the_status_of_the_check(monkeypatch, status):
-    from rcb_lmms.cli import app
-
     asked = []
     monkeypatch.setattr(command, "check", lambda path, names: asked.append((path, names)) or status)
     done = CliRunner().invoke(app, ["regress", "check", "--case", "a", "--case", "b"])

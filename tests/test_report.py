@@ -13,27 +13,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import tiny_next
-import tiny_onevision
 from PIL import Image
 from stored import edit, save_folder
+from transformers import CLIPImageProcessorPil
 
 from rcb_lmms.budget import Budget
-from rcb_lmms.engine.questions import Question
-from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family, places
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
 from rcb_lmms.files import answers_hash
 from rcb_lmms.pruners import make_pruner
 from rcb_lmms.report import drawing, pictures, statistics
-from rcb_lmms.report.collect import collect
+from rcb_lmms.report.collect import Measured, collect
 from rcb_lmms.report.field import beside_published, field_data, readable_published
+from rcb_lmms.report.flips import run_label
 from rcb_lmms.report.plots import accuracy_plot
-from rcb_lmms.report.sheets import kept_of
+from rcb_lmms.report.reading import Run
 from rcb_lmms.report.summary import comparison_table, group, summary_table
 from rcb_lmms.report.tables import for_terminal, readable, write_tables
 from rcb_lmms.runs.configs import read_configs
+from rcb_lmms.runs.quickstart import quickstart
 
 NATIVE = 144
 
@@ -461,8 +460,6 @@ def test_runs_over_other_samples_are_refused(results):
 
 
 def test_runs_of_two_codebooks_are_told_apart(results):
-    from rcb_lmms.report.flips import run_label
-
     for name in ("no-tau_in", "llava-1.5-7b"):
         given = {"pretrained": "lab", "keep": "8", "codebook": f"books/{name}.safetensors"}
         write_run(results / name, "rcb", {"pope": answers(0.5)}, keep=8, arguments=given)
@@ -551,8 +548,6 @@ def test_pictures_of_extreme_images_stay_small(checkpoint, tmp_path):
 @pytest.mark.parametrize("preprocess", ["rcb", "pad"])
 @pytest.mark.parametrize("size", [(168, 168), (200, 120), (121, 250), (640, 427), (1200, 40), (30, 20)])
 def test_patch_boxes_undo_the_image_processor(size, preprocess):
-    from transformers import CLIPImageProcessorPil
-
     side, grid = 56, (4, 4)
     image = _coordinates(*size)
     prepared = central_square_region(image) if preprocess == "rcb" else pad_to_square(image, (0, 0, 0))
@@ -632,8 +627,6 @@ def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, mon
 
 
 def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, capsys, monkeypatch):
-    from rcb_lmms.runs.quickstart import quickstart
-
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
     options = {
         "pretrained": str(checkpoint),
@@ -678,8 +671,6 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
 def test_quickstart_side_by_side_gives_what_one_run_after_another_gives(tmp_path, monkeypatch, capsys):
     import joblib
 
-    from rcb_lmms.runs.quickstart import quickstart
-
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
     options = {"budgets": (36,), "seeds": (0,), "sizes": {"pope": 2, "mme": 1}, "methods": ("rcb",)}
     answers, used = {}, {}
@@ -700,25 +691,7 @@ def test_quickstart_side_by_side_gives_what_one_run_after_another_gives(tmp_path
     assert sorted(name for *_, name in lines) == sorted(["full", "rcb-36", "random-36-seed0"] * 2)
 
 
-@pytest.mark.parametrize("save", [tiny_next.save_next, tiny_onevision.save_onevision])
-def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
-    family = load_family(str(save(tmp_path / "checkpoint")))
-    image = tiny.random_image(1, 120, 40)
-    boxes = places.patch_boxes(image.size, family.grid, family.geometry["rcb"], 56)
-    assert boxes[0].tolist() == [0, 0, 30, 10]
-    assert boxes[-1].tolist() == [90, 30, 120, 40]
-    pruners = {name: make_pruner(name, budget=Budget.tokens(5)) for name in ("random", "fastv")}
-    question = Question("What?", [Visual((image,), "base")])
-    kept = {name: kept_of(Session(family, pruner), question)[1][0] for name, pruner in pruners.items()}
-    assert [len(own.indices) for own in kept.values()] == [5, 5]
-    assert max(own.indices.max() for own in kept.values()) < 16
-    assert pictures.kept_tokens_picture(family, pruners, [image], tmp_path / "kept.png").stat().st_size > 5000
-
-
 def test_the_target_counts_every_view_of_a_question():
-    from rcb_lmms.report.collect import Measured
-    from rcb_lmms.report.reading import Run
-
     def run(**record):
         content = {"resolved": {"pruner": {"budget": "tokens=16"}, "per": "view"}, **record}
         return Measured(Run(Path("x"), content, {}), {}, {}, {}, {})

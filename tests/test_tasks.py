@@ -1,17 +1,24 @@
 """The tasks of the paper's protocol on small trees in the true schemas: prompts, numbers by hand, refusals."""
 
+import importlib
 import json
 import logging
 import math
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import task_trees
+import yaml
 from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks.mme.utils import mme_aggregate_results, mme_process_results
+from lmms_eval.utils import make_table
+from sklearn.metrics import f1_score
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.models import ENTRIES
+from rcb_lmms.resources import data_dir
 from rcb_lmms.runs import host
 from rcb_lmms.runs.tasks import make_task_manager, working_directory
 from rcb_lmms.scoring import estimates, mmbench, mme, mvbench, pope, schema
@@ -214,8 +221,6 @@ def test_popes_errors_are_the_spread_over_new_images():
 
 
 def test_popes_f1_is_scikit_learns():
-    from sklearn.metrics import f1_score
-
     rows = pope_rows(np.random.default_rng(3), 20, 0.6)
     expected = []
     for category in pope.CATEGORIES:
@@ -313,8 +318,6 @@ def test_mme_by_hand(everything):
 
 
 def test_mme_agrees_with_upstream_on_plain_answers_and_has_the_stratified_error(caplog):
-    from lmms_eval.tasks.mme.utils import mme_aggregate_results, mme_process_results
-
     rng = np.random.default_rng(4)
     ours, theirs, images = [], [], {}
     for category in mme.SUBTASKS["perception"]:
@@ -385,8 +388,6 @@ def test_seed_leaves_videos_out_and_knows_images_without_their_ids(everything, t
 
 
 def test_no_wrong_error_is_printed(everything):
-    from lmms_eval.utils import make_table
-
     results, _ = everything
     for task in results["results"].values():
         others = {name: error for name, error in task.items() if "_stderr_" in name}
@@ -428,8 +429,6 @@ def test_samples_rows_carry_score_and_cluster(everything):
     ],
 )
 def test_a_wrong_data_set_is_named_before_anything_is_asked(module, benchmark, change, found):
-    import importlib
-
     dataset = task_trees.dataset(benchmark, change)
     with pytest.raises(UserError) as error:
         importlib.import_module(f"rcb_lmms.scoring.{module}").check(dataset)
@@ -443,8 +442,6 @@ def test_an_empty_split_is_refused():
 
 
 def test_missing_videos_are_counted(tree, tmp_path, monkeypatch):
-    import datasets
-
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with working_directory(tree):
         dataset = datasets.load_dataset(
@@ -490,10 +487,6 @@ def test_the_console_script_runs_them_on_a_model(tree, tmp_path, checkpoint, mon
 
 
 def test_the_papers_group_names_every_benchmark(task_manager):
-    import yaml
-
-    from rcb_lmms.resources import data_dir
-
     group = yaml.safe_load((data_dir("tasks") / "rcb_paper.yaml").read_text())
     assert set(group["task"]) == {*TASKS, "rcb_nocaps_val", "rcb_flickr30k"}
     assert set(group["task"]) <= set(task_manager.all_tasks)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rcb_lmms.cli.common import Batch, Device, Dtype, Preprocess, Pretrained
+from rcb_lmms.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,23 +57,7 @@ def open_session(
     return Session(family, make_pruner("none"), batch_size=batch_size), settings
 
 
-def _need_one(**given: Any) -> None:
-    from rcb_lmms.errors import UserError
-
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        options = [name if name.isupper() else f"--{name}" for name in given]
-        raise UserError(
-            wanted="what is to be analysed",
-            found=" and ".join(named) if named else "nothing",
-            allowed=f"one of {', '.join(options)}",
-            next_step=f"name {' or '.join(options)}",
-        )
-
-
 def _numbers(layers: str | None) -> list[int]:
-    from rcb_lmms.errors import UserError
-
     parts = [part.strip() for part in (layers or "").split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
         raise UserError(
@@ -224,7 +209,13 @@ def features(
     from rcb_lmms.analysis import features as study
     from rcb_lmms.analysis.images import open_shown
 
-    _need_one(IMAGE=image, stats=stats)
+    if (image is None) == (stats is None):
+        raise UserError(
+            wanted="what is to be analysed",
+            found="both IMAGE and --stats" if image else "nothing",
+            allowed="one of the two",
+            next_step="name IMAGE or --stats",
+        )
     if image is not None:
         session, settings = open_session(model, preset, batch_size, preprocess, device, dtype, setting)
         shown = open_shown(session, image)

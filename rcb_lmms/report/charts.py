@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+import numpy as np
+
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 46
 # Okabe and Ito's colours, which people with any colour vision tell apart; shapes differ as well.
@@ -148,12 +150,8 @@ def x_ticks(low: float, high: float) -> list[float]:
 
 def histogram(values: Sequence[float], ends: tuple[float, float], bins: int = 24) -> str:
     """A small SVG of how often values fall into each of even bins between two ends."""
-    low, high = ends
-    width = (high - low) / bins or 1
-    counts = [0] * bins
-    for value in values:
-        counts[min(bins - 1, max(0, int((value - low) / width)))] += 1
-    most = max(counts)
+    counts, _ = np.histogram(np.clip(values, *ends), bins, ends)
+    most = counts.max()
     bars = "".join(
         f'<rect x="{4 * number}" y="{24 - 24 * count / most:.1f}" width="3.4" height="{24 * count / most:.1f}"/>'
         for number, count in enumerate(counts)
