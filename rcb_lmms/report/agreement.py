@@ -6,12 +6,11 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from rcb_lmms.report.collect import Measured
 from rcb_lmms.report.reading import Scores
 
 
@@ -88,44 +87,35 @@ def hard_samples(unpruned: Scores, downsampled: Scores, runs: Sequence[Scores]) 
     return int(chosen.sum()), sum(int((own.marks[chosen] == 1).sum()) for own in runs) / len(runs)
 
 
-def cell_columns(
-    runs: Sequence[Scores], unpruned: Scores | None, downsampled: Scores | None
-) -> dict[str, float | None]:
-    """`agreement_columns` of one task, without the prefixed ones: for a cell of the paper's tables."""
-    if unpruned is None or any(own is unpruned for own in runs):
-        return {}
-    columns = averaged([agreement(unpruned, own) for own in runs]).shares()
-    if downsampled is not None and all(own is not downsampled for own in runs):
-        count, right = hard_samples(unpruned, downsampled, runs)
-        columns |= {"hard_accuracy": right / count, "hard_samples": count} if count else {}
-    return columns
-
-
 def agreement_columns(
-    runs: Sequence[Measured], unpruned: Measured | None, downsampled: Measured | None
+    runs: Sequence[Mapping[str, Scores]],
+    unpruned: Mapping[str, Scores] | None,
+    downsampled: Mapping[str, Scores] | None,
 ) -> dict[str, float | None]:
-    """The columns of the summary table for runs of one method and budget, one per seed.
+    """What answers have in common with the unpruned model's, as columns.
+
+    Args:
+        runs: scores by task of one method and budget, one for each seed.
+        unpruned: likewise; `None` if it is not there, or is what `runs` are.
+        downsampled: of the control at the same budget, likewise.
 
     Returns:
         `agreement`, `right_to_wrong` and `wrong_to_right` (see `Agreement.shares`) over the samples of all tasks that
         the unpruned model has too, and the same by task as `<task>_agreement`, ...; `hard_accuracy` over
         `hard_samples`. Missing runs leave out what needs them.
     """
-    if unpruned is None or any(run is unpruned for run in runs):
-        return {}
-    tasks = [task for task in unpruned.scores if all(task in run.scores for run in runs)]
-    by_task = {task: averaged([agreement(unpruned.scores[task], run.scores[task]) for run in runs]) for task in tasks}
+    tasks = [task for task in unpruned or {} if all(task in run for run in runs)]
+    by_task = {task: averaged([agreement(unpruned[task], run[task]) for run in runs]) for task in tasks}
     if not by_task:
         return {}
     columns = summed(by_task.values()).shares()
-    if downsampled is not None and all(run is not downsampled for run in runs):
-        parts = [
-            hard_samples(unpruned.scores[task], downsampled.scores[task], [run.scores[task] for run in runs])
-            for task in tasks
-            if task in downsampled.scores
-        ]
-        if count := sum(samples for samples, _ in parts):
-            columns |= {"hard_accuracy": sum(right for _, right in parts) / count, "hard_samples": count}
+    parts = [
+        hard_samples(unpruned[task], downsampled[task], [run[task] for run in runs])
+        for task in tasks
+        if task in (downsampled or {})
+    ]
+    if count := sum(samples for samples, _ in parts):
+        columns |= {"hard_accuracy": sum(right for _, right in parts) / count, "hard_samples": count}
     for task, own in by_task.items():
         columns |= own.shares(f"{task}_")
     return columns

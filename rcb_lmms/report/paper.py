@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rcb_lmms.report.agreement import cell_columns
+from rcb_lmms.report.agreement import agreement_columns
 from rcb_lmms.report.cells import Cell, PaperTable
 from rcb_lmms.report.published import Block, Column, Layout, Row, layouts
 from rcb_lmms.report.statistics import mean_interval, paired_p
@@ -22,7 +22,7 @@ def numbers(table: PaperTable) -> pd.DataFrame:
     Columns: `table`, `block`, `row`, `column`, `place`, `published`, `published_std`, `published_tokens`,
     `published_relative`, `measured`, `measured_std` (over seeds), `seeds`, `relative` (to the unpruned model, in
     percent), `retained_tokens`, `layer_average_tokens`, `control` (not a row of the paper), `folder`, and what the
-    answers behind a cell have in common with the unpruned model's (see `cell_columns`).
+    answers behind a cell have in common with the unpruned model's (see `agreement_columns`).
     """
     rows = []
     for block in table.layout.blocks:
@@ -47,8 +47,7 @@ def _cell_numbers(table: PaperTable, block: Block, row: Row, column: Column) -> 
     printed_whole = table.layout.reference(block, row).published.get(column.heading)
     shared = {} if cell is None else _shared(cell, whole, _downsampled(table, block, row, column))
     return {
-        **dict.fromkeys(SHARED),
-        **shared,
+        **{name: shared.get(name) for name in SHARED},
         "published": printed and printed.value,
         "published_std": printed and printed.std,
         "published_tokens": printed and printed.tokens,
@@ -71,8 +70,8 @@ def _downsampled(table: PaperTable, block: Block, row: Row, column: Column) -> C
 
 
 def _shared(cell: Cell, whole: Cell | None, downsampled: Cell | None) -> dict[str, float | None]:
-    unpruned, smaller = (own and own.runs[0].scores for own in (whole, downsampled))
-    return cell_columns([run.scores for run in cell.runs], unpruned, smaller)
+    others = (None if own is None or own is cell else {"": own.runs[0].scores} for own in (whole, downsampled))
+    return agreement_columns([{"": run.scores} for run in cell.runs], *others)
 
 
 def _average_numbers(layout: Layout, row: Row, label: str, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rcb_lmms.errors import UserError
 from rcb_lmms.pruners import PRUNERS
 from rcb_lmms.report.agreement import agreement_columns
 from rcb_lmms.report.collect import BENCHMARKS, BUDGETS, Benchmark, Measured
-from rcb_lmms.report.reading import mean_of
+from rcb_lmms.report.reading import Scores, mean_of
 from rcb_lmms.report.statistics import accuracy_interval, mcnemar, mean_interval, paired_p
 
 _PLACES = ("pretrained", "device", "device_map", "dtype", "seed", "batch_size", "max_batch_size")
@@ -171,7 +171,7 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
     return numbers | {
         "relative": _relative(row, unpruned, tasks),
         "p_vs_random": _p_vs_random(row, _random(row, rows)),
-        **agreement_columns(row.runs, unpruned and unpruned.first, downsampled and downsampled.first),
+        **agreement_columns([run.scores for run in row.runs], *(_others(row, own) for own in (unpruned, downsampled))),
         "questions_per_second": row.speed,
         "processor_seconds": mean_of(run.seconds("processor") for run in row.runs),
         "choose_seconds": mean_of(run.seconds("choose") for run in row.runs),
@@ -179,6 +179,11 @@ def _numbers(row: Setting, rows: list[Setting], tasks: list[str]) -> dict[str, A
         "method_tflops": row.mean("method_tflops"),
         "runs": " ".join(run.path.name for run in row.runs),
     }
+
+
+def _others(row: Setting, other: Setting | None) -> dict[str, Scores] | None:
+    """The scores of what a row is compared with, unless that is the row itself."""
+    return None if other is None or other is row else other.first.scores
 
 
 def _task_numbers(row: Setting, task: str) -> dict[str, float | None]:
