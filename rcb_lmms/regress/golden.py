@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -52,8 +51,7 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """As a line of the file."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return own | {"kept": [part.to_json() for part in self.kept]}
+        return vars(self) | {"kept": [part.to_json() for part in self.kept]}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Sample:
@@ -90,7 +88,7 @@ class Golden:
 
     def write(self, path: Path) -> Path:
         """One line for the header, then one per sample."""
-        header = {name: value for name, value in self.__dict__.items() if name != "samples"}
+        header = {name: value for name, value in vars(self).items() if name != "samples"}
         rows = [json.dumps(sample.to_json(), ensure_ascii=False) for sample in self.samples]
         first = {"format": FORMAT, "digest": _digest(header, rows), **header}
         return write_atomic(path, "\n".join([json.dumps(first, ensure_ascii=False), *rows]) + "\n")

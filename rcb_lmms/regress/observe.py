@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.families.identity import weights_hash
+from rcb_lmms.models import PARTS
 from rcb_lmms.regress.declaration import Case
 from rcb_lmms.regress.golden import COUNTS, Golden, Sample
 from rcb_lmms.regress.kept import kept_sets
@@ -87,14 +88,11 @@ def compared_arguments(model_args: dict[str, Any]) -> dict[str, str]:
 def _model(case: Case, batch_size: int) -> PrunedModel:
     from lmms_eval.models import get_model
 
-    from rcb_lmms.models import ENTRIES
-
-    entries = [f"{family}_{method}" for family, methods in ENTRIES.items() for method in methods]
-    if case.entry not in entries:
+    if case.entry not in PARTS:
         raise UserError(
             wanted=f"entry {case.entry} of case {case.name}",
             found="no entry of this package",
-            allowed=", ".join(entries),
+            allowed=", ".join(PARTS),
             next_step="correct the declaration",
         )
     return get_model(case.entry)(**{**case.model_args, "batch_size": batch_size})
