@@ -467,6 +467,7 @@ def test_runs_of_two_codebooks_are_told_apart(results):
     options = [setting.options for setting in group(runs) if setting.budget == "keep=8"]
     assert sorted(options) == ["codebook=llava-1.5-7b", "codebook=no-tau_in"]
     assert "rcb, codebook=no-tau_in, keep=8" in [run_label(run, False) for run in runs]
+    assert "rcb (codebook=no-tau_in)" in readable(summary_table(runs))["method"].tolist()
 
 
 def test_a_run_that_is_there_twice_is_refused(results):
