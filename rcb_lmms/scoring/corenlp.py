@@ -11,7 +11,8 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+
+from tqdm import tqdm
 
 from rcb_lmms.errors import UserError
 from rcb_lmms.files import sha256_of, unwritable, write_atomic
@@ -91,19 +92,11 @@ def _download(address: str, part: Path) -> None:
     with response:
         have = have if response.status == 206 else 0
         expected = have + int(response.headers["Content-Length"])
-        with part.open("ab" if have else "wb") as handle:
-            _copy(response, handle, have, expected)
+        bar = {"total": expected, "initial": have, "desc": "CoreNLP 3.6.0"}
+        with part.open("ab" if have else "wb") as handle, tqdm.wrapattr(handle, "write", **bar) as counted:
+            shutil.copyfileobj(response, counted, 1 << 20)
     if (found := part.stat().st_size) != expected:
         raise _failed(address, f"the connection ended after {found} of {expected} bytes")
-
-
-def _copy(response: Any, handle: IO[bytes], have: int, expected: int) -> None:
-    from tqdm import tqdm
-
-    with tqdm(total=expected, initial=have, unit="B", unit_scale=True, desc="CoreNLP 3.6.0") as bar:
-        while block := response.read(1 << 20):
-            handle.write(block)
-            bar.update(len(block))
 
 
 def _unpack(archive: Path, folder: Path) -> list[Path]:
