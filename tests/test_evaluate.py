@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-import test_models
+import tiny
 import yaml
 from typer.testing import CliRunner
 
@@ -111,7 +111,7 @@ def test_samples_of_image_lists_are_the_same_in_every_run(write_config, run, tmp
 
 
 def test_a_failed_run_stops_no_other_and_sets_the_exit_status(write_config, run, pope_tree, tmp_path, monkeypatch):
-    broken = test_models.broken_tree(pope_tree, tmp_path / "broken")
+    broken = tiny.save_pope(tmp_path / "broken", change=tiny.cut_off)
     config = write_config(FULL, RANDOM, ("lost", "llava_random", ",keep=99", "pope"))
     problems = run(config, tree=broken)
     assert len(problems) == 3
@@ -310,7 +310,6 @@ metric_list:
 
 def test_a_task_of_ones_own_is_evaluated(write_config, run, tmp_path, capsys):
     """A YAML file beside its data, as `lmms_eval --include_path` takes it."""
-    import tiny
     from datasets import Dataset, Features, Image, Value
 
     home = tmp_path / "own"

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import test_models
 import tiny
 
 from rcb_lmms import errors
@@ -51,8 +50,8 @@ def test_a_task_may_leave_files_of_its_own_beside_the_results(command, tmp_path)
     assert len(files) == 2
 
 
-def test_failed_samples_set_the_exit_status(command, pope_tree, tmp_path, capsys):
-    tree = test_models.broken_tree(pope_tree, tmp_path / "broken")
+def test_failed_samples_set_the_exit_status(command, tmp_path, capsys):
+    tree = tiny.save_pope(tmp_path / "broken", change=tiny.cut_off)
     assert command("--model", "llava_full", tree=tree) == 1
     assert "llava_full: 4 samples failed and are in no metric; the first: pope 8" in capsys.readouterr().err
 
