@@ -469,15 +469,18 @@ def test_a_video_question_reads_the_seconds_it_names(entry, tmp_path):
     """lmms-eval's chat protocol gives them as `start_time` and `end_time`."""
     from types import SimpleNamespace
 
-    from rcb_lmms.models.requests import Request
+    from datasets import Dataset
 
+    from rcb_lmms.models.requests import questions_of
+
+    rows = Dataset.from_list([{"question": "What?"}])
     path = save_video(tmp_path / "a.mp4", 3, frames=20)  # four seconds
     family = entry("llava", "full", max_frames_num=2).family
 
     def load(**times):
         content = [{"type": "video", "url": path, **times}, {"type": "text", "text": "What?"}]
         arguments = ("", lambda doc: [{"role": "user", "content": content}], {}, 0, "t", "s")
-        question = Request.of(SimpleNamespace(args=arguments, metadata=None), {"t": {"s": [None]}}, 0)
+        (question,) = questions_of([SimpleNamespace(args=arguments, metadata=None)], {"t": {"s": rows}}, 0)
         return question.load(family)
 
     messages, whole = load()
