@@ -205,7 +205,8 @@ def random_model(folder: str, images: int, repeats: int, vllm_python: str | None
         root = str(Path(__file__).parents[1])
         own = {**os.environ, "PYTHONPATH": root}
         done = subprocess.run(given, env=own, check=True, stdout=subprocess.PIPE, text=True)
-        found["vllm, 576 tokens"] = json.loads(done.stdout.splitlines()[-1])
+        told = [line for line in done.stdout.splitlines() if line.startswith("{")]  # behind it, vLLM says that it ends
+        found["vllm, 576 tokens"] = json.loads(told[-1])
     return found
 
 
@@ -234,6 +235,16 @@ def table(found: dict[str, dict[str, Any]], questions: int) -> list[dict[str, An
     return rows
 
 
+def told(name: str, found: dict[str, dict[str, Any]], images: int) -> dict[str, Any]:
+    """What was found for one model, once it is printed as a table."""
+    asked = questions_about(range(images))
+    facts = {"questions": len(asked), "distinct": len({(own.text, id(own.images[0])) for own in asked})}
+    rows = table(found, len(asked))
+    print(f"\n{name}: {len(asked)} questions about {images} images, {facts['distinct']} of them distinct")
+    print(tabulate(rows, headers="keys", floatfmt=".2f"), flush=True)
+    return {name: {**facts, "rows": rows}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=12, help="of each round on the laboratory's model")
@@ -244,18 +255,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.vllm:
         return vllm(options.vllm, options.random_images, options.repeats)
-    settings = {"laboratory POPE": (laboratory(options.images, options.repeats), options.images)}
+    result: dict[str, Any] = {"machine": machine(), "repeats": options.repeats, "settings": {}}
+    result["settings"] |= told("laboratory POPE", laboratory(options.images, options.repeats), options.images)
     if options.random_images:
         with tempfile.TemporaryDirectory() as folder:
             given = (save_random(Path(folder)), options.random_images, options.repeats, options.vllm_python)
-            settings["random weights, 0.3 B"] = (random_model(*given), options.random_images)
-    result = {"machine": machine(), "repeats": options.repeats, "settings": {}}
-    for name, (found, images) in settings.items():
-        asked = questions_about(range(images))
-        facts = {"questions": len(asked), "distinct": len({(own.text, id(own.images[0])) for own in asked})}
-        result["settings"][name] = {**facts, "rows": table(found, len(asked))}
-        print(f"\n{name}: {len(asked)} questions about {images} images, {facts['distinct']} of them distinct")
-        print(tabulate(result["settings"][name]["rows"], headers="keys", floatfmt=".2f"))
+            result["settings"] |= told("random weights, 0.3 B", random_model(*given), options.random_images)
     if not importlib.util.find_spec("decord"):
         print("\nwithout llava_hf, which needs the Python package decord")
     if not options.vllm_python:
