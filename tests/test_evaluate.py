@@ -232,7 +232,7 @@ def test_a_second_quickstart_is_refused(tmp_path, monkeypatch):
     with (tmp_path / "full" / ".rcb.lock").open("w") as other:  # lmms-eval lets a process lock a file twice
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="writes there since"):
-            quickstart._run(quickstart.Step("full", "none", {}), tmp_path, tmp_path, tmp_path / "log.txt")
+            quickstart._run(quickstart.Step("full", "none", {}), tmp_path, tmp_path)
 
 
 # Configurations

@@ -670,26 +670,38 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
 
 
 def test_quickstart_side_by_side_gives_what_one_run_after_another_gives(tmp_path, monkeypatch, capsys):
-    import joblib
+    from rcb_lmms.runs.quickstart import quickstart
 
     monkeypatch.setenv("RCB_CACHE", str(tmp_path / "cache"))
     options = {"budgets": (36,), "seeds": (0,), "sizes": {"pope": 2, "mme": 1}, "methods": ("rcb",)}
     answers, used = {}, {}
-    for cores in (1, 2):
-        monkeypatch.setattr(joblib, "cpu_count", lambda cores=cores: cores)
-        out = quickstart(tmp_path / str(cores), **options)
+    for at_once in (1, 2):
+        out = quickstart(tmp_path / str(at_once), **options, at_once=at_once)
         files = sorted(out.glob("runs/*/samples_*.jsonl"))
         assert len(files) == 6
-        answers[cores] = [
+        answers[at_once] = [
             [json.loads(line)["filtered_resps"] for line in file.read_text().splitlines()] for file in files
         ]
-        used[cores] = {json.loads(file.read_text())["process"] for file in out.glob("runs/*/run.json")}
+        used[at_once] = {json.loads(file.read_text())["process"] for file in out.glob("runs/*/run.json")}
     assert answers[1] == answers[2]
     assert sum(map(len, answers[1])) == 3 * (36 + 4)
     assert used[1] == {os.getpid()}
     assert os.getpid() not in used[2]
     lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if "/3] " in line]
     assert sorted(name for *_, name in lines) == sorted(["full", "rcb-36", "random-36-seed0"] * 2)
+
+
+def test_processes_end_with_their_work_and_are_missed_before(tmp_path):
+    from rcb_lmms.runs.side_by_side import workers
+
+    with workers(2, int, tmp_path / "log.txt") as work:
+        pids = set(work(os.getpid, [()] * 8))
+        assert os.getpid() not in pids
+        assert sorted(work(divmod, [(7, 2), (9, 4)])) == [(2, 1), (3, 1)]
+        with pytest.raises(UserError, match="one that ended before its work"):
+            list(work(os._exit, [(3,)]))
+    with pytest.raises(ZeroDivisionError), workers(2, int, tmp_path / "log.txt") as work:
+        list(work(divmod, [(1, 0)]))
 
 
 def test_the_target_counts_every_view_of_a_question():

@@ -23,9 +23,10 @@ def quickstart(
     """Compare methods on the laboratory model: table, plot, kept tokens, report. A minute and a half on two cores."""
     from rcb_lmms.runs.quickstart import METHODS, TASKS
     from rcb_lmms.runs.quickstart import quickstart as run
+    from rcb_lmms.runs.side_by_side import processes_for_runs
 
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    run(out, sizes=dict.fromkeys(TASKS, images), methods=chosen)
+    run(out, sizes=dict.fromkeys(TASKS, images), methods=chosen, at_once=processes_for_runs())
 
 
 @app.command()

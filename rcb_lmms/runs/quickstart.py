@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcb_lmms.errors import BudgetError, UserError
 from rcb_lmms.files import write_atomic
+from rcb_lmms.runs.side_by_side import workers
 
 if TYPE_CHECKING:
     from rcb_lmms.report.collect import Excluded
@@ -28,7 +26,6 @@ METHODS = ("rcb", "prumerge", "prumerge_plus", "fastv")
 SEEDS = (42, 0, 1234)
 BATCH_SIZE = 64
 SCENES = 3
-MOST_AT_ONCE = 4  # processes of 1.5 GB
 FAMILY = "llava"
 
 
@@ -84,6 +81,7 @@ def quickstart(
     seeds: Sequence[int] = SEEDS,
     sizes: Mapping[str, int] = SIZES,
     methods: Sequence[str] = METHODS,
+    at_once: int = 1,
 ) -> Path:
     """Run the comparison below `out` and say where everything lies; finished runs are not repeated.
 
@@ -96,6 +94,7 @@ def quickstart(
         sizes: of the laboratory's benchmarks.
         methods: keys of the registry, beside the unpruned model and random pruning. A budget that a method cannot meet
             is said, and costs the others nothing.
+        at_once: runs that are made side by side, in processes of their own, which import the caller's main module.
 
     Raises:
         UserError: no checkpoint or codebook, samples that failed, a folder that cannot be written.
@@ -106,16 +105,13 @@ def quickstart(
     _check_inputs(pretrained, codebook)
     planned = steps(pretrained, codebook, budgets, seeds, methods)
     log = write_atomic(out / "log.txt", "")
-    at_once = _at_once(pretrained)
-    with _quiet(log):
-        ready = _side_by_side(at_once, _prepare, [(pretrained, log, os.getpid())] * at_once if at_once > 1 else [])
+    prepare = functools.partial(_prepare, pretrained)
+    with _quiet(log), workers(at_once, prepare, log) as work:
         data = _write_data(out / "data", sizes)
-        list(ready)
-        made = _side_by_side(at_once, _run, [(step, out / "runs", data, log) for step in planned])
-        for number, told in enumerate(made, 1):
+        for number, told in enumerate(work(_run, [(step, out / "runs", data) for step in planned]), 1):
             print(f"[{number:2}/{len(planned)}] {told}", flush=True)
         print("writing the table, the plot, pictures and the report", flush=True)
-        drawn = _side_by_side(at_once, _draw_pictures, [(planned, out, keep, log) for keep in budgets])
+        drawn = work(_draw_pictures, [(planned, out, keep) for keep in budgets])
         excluded = _report(out, data)
         list(drawn)
         write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
@@ -171,52 +167,23 @@ def _write_data(data: Path, sizes: Mapping[str, int]) -> Path:
     return data
 
 
-def _at_once(pretrained: str) -> int:
-    """How many runs are made side by side: of the laboratory's small model on a CPU, one for each core."""
-    from joblib import cpu_count
-
-    from rcb_lmms.families.loading import chosen_device
-    from rcb_lmms.lab.checkpoint import is_lab
-
-    return min(MOST_AT_ONCE, cpu_count()) if is_lab(pretrained) and chosen_device(None) == "cpu" else 1
-
-
-def _side_by_side(at_once: int, work: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """Results of `work` on items as they come, from processes that begin at once; from this one if it is alone."""
-    from joblib import Parallel, cpu_count, delayed, parallel_config
-
-    with parallel_config("loky", inner_max_num_threads=max(1, cpu_count() // at_once)):
-        made = Parallel(at_once, return_as="generator_unordered", batch_size=1)
-        return made(delayed(work)(*item) for item in items)
-
-
-def _prepare(pretrained: str, log: Path, parent: int) -> None:
-    """Import what runs need, which takes seconds in which another process can write their data."""
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+def _prepare(pretrained: str) -> None:
+    """Import what runs need."""
     from lmms_eval import evaluator  # noqa: F401
 
     from rcb_lmms.families import load_family
 
-    with _quiet(log):
-        _tasks()
-        load_family(pretrained, family=FAMILY)
-        gc.freeze()  # lmms-eval collects garbage behind every run, and need not look at all this again
+    _tasks()
+    load_family(pretrained, family=FAMILY)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when that which started it was killed: the same command, given again, needs its folders."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _run(step: Step, runs: Path, data: Path, log: Path) -> str:
+def _run(step: Step, runs: Path, data: Path) -> str:
     """Make a run, and say its name and what became of it."""
     from rcb_lmms.runs.folder import finished, locked, run_evaluation
     from rcb_lmms.runs.tasks import working_directory
 
     name = f"{step.name:<22}"
-    with _quiet(log), working_directory(data), locked(runs / step.name):
+    with working_directory(data), locked(runs / step.name):
         if finished(runs / step.name):
             return f"{name}done before"
         began, folder = time.perf_counter(), runs / step.name
@@ -249,7 +216,7 @@ def _report(out: Path, data: Path) -> list[Excluded]:
     return excluded
 
 
-def _draw_pictures(planned: Sequence[Step], out: Path, keep: int, log: Path) -> None:
+def _draw_pictures(planned: Sequence[Step], out: Path, keep: int) -> None:
     """What each method keeps of example images at one budget."""
     from rcb_lmms.families import load_family
     from rcb_lmms.models.arguments import resolve
@@ -258,16 +225,15 @@ def _draw_pictures(planned: Sequence[Step], out: Path, keep: int, log: Path) -> 
     from rcb_lmms.runs.folder import finished
 
     chosen = {}
-    with _quiet(log):
-        family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
-        images = [family.open(image).image for image in example_images()]
-        for step in planned:
-            whole = finished(out / "runs" / step.name)
-            drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
-            if drawn and step.arguments.get("keep") == keep and step.method not in chosen:
-                pruner = resolve(FAMILY, step.method, step.arguments).pruner
-                chosen[step.method] = fitted(family, pruner, images, keep)
-        kept_tokens_picture(family, chosen, images, out / f"kept_tokens_{keep}.png")
+    family = load_family(planned[0].arguments["pretrained"], family=FAMILY)
+    images = [family.open(image).image for image in example_images()]
+    for step in planned:
+        whole = finished(out / "runs" / step.name)
+        drawn = whole and PRUNERS[step.method].stage != "pixels"  # whose tokens are none of the image's
+        if drawn and step.arguments.get("keep") == keep and step.method not in chosen:
+            pruner = resolve(FAMILY, step.method, step.arguments).pruner
+            chosen[step.method] = fitted(family, pruner, images, keep)
+    kept_tokens_picture(family, chosen, images, out / f"kept_tokens_{keep}.png")
 
 
 def example_images() -> list[Any]:
