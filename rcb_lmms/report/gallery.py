@@ -194,7 +194,7 @@ def data_uri(image: Image) -> str:
     image.thumbnail((LONG_SIDE_PX, LONG_SIDE_PX))
     kinds = {"jpeg": {"quality": 80, "optimize": True}}
     if image.getcolors(FEW_COLOURS):  # a photograph as PNG takes long and is never the shorter one
-        kinds["png"] = {"optimize": True}
+        kinds["png"] = {"compress_level": 3}  # as short as at 9, in a quarter of the time
     found = []
     for kind, options in kinds.items():
         buffer = io.BytesIO()

@@ -111,9 +111,12 @@ def quickstart(
         for number, told in enumerate(work(_run, [(step, out / "runs", data) for step in planned]), 1):
             print(f"[{number:2}/{len(planned)}] {told}", flush=True)
         print("writing the table, the plot, pictures and the report", flush=True)
-        drawn = work(_draw_pictures, [(planned, out, keep) for keep in budgets])
-        excluded = _report(out, data)
-        list(drawn)
+        tables, page = work(_write_tables, [(out,)]), work(_write_page, [(out, data)])
+        pictures = work(_draw_pictures, [(planned, out, keep) for keep in budgets])
+        ((table, excluded),) = tables
+        print(table, flush=True)
+        for rest in (page, pictures):
+            list(rest)
         write_atomic(out / "index.md", f"# Quickstart\n\n{index(out)}\n")
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{len(planned)} runs, {minutes:.1f} minutes. Everything is in {out}:\n{index(out)}")
@@ -202,18 +205,22 @@ def _tasks() -> Any:
     return make_task_manager(tasks=TASKS)
 
 
-def _report(out: Path, data: Path) -> list[Excluded]:
+def _write_tables(out: Path) -> tuple[str, list[Excluded]]:
+    """The table for a terminal, and folders that are in no table."""
     from rcb_lmms.report.collect import collect
-    from rcb_lmms.report.html import write_report
     from rcb_lmms.report.plots import accuracy_plot
     from rcb_lmms.report.tables import for_terminal, write_tables
 
     runs, excluded = collect(out / "runs")
     table = write_tables(runs, excluded, out)
     accuracy_plot(table, out / "accuracy")
+    return for_terminal(table), excluded
+
+
+def _write_page(out: Path, data: Path) -> None:
+    from rcb_lmms.report.html import write_report
+
     write_report(out / "runs", out / "report.html", [data])
-    print(for_terminal(table))
-    return excluded
 
 
 def _draw_pictures(planned: Sequence[Step], out: Path, keep: int) -> None:
