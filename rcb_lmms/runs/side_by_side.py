@@ -51,7 +51,7 @@ def workers(number: int, prepare: Callable[[], Any], log: Path) -> Iterator[Work
     try:
         yield lambda function, items: _results([pool.submit(function, *item) for item in items], log)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _results(futures: list[Future[Any]], log: Path) -> Iterator[Any]:
