@@ -70,8 +70,8 @@ def dealt(questions: Sequence[Request]) -> dict[tuple[int, int], Request]:
     """What this process answers of the questions of all, by the process that was asked and the question's place there.
 
     lmms-eval deals documents out one by one, so that hardly two questions about an image would meet in a process. Here
-    all of them go to one, which encodes the image and computes what they have in common once. More questions than an
-    even share are cut, and what a process has no question of, it is not given either.
+    all of them go to one, which encodes the image and computes what they have in common once. An image with more
+    questions than an even share is cut, and a process is given questions of those tasks alone of which it has some.
     """
     rank, size = rank_and_size()
     own = {(question.task, question.split): question for question in questions}
