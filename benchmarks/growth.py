@@ -9,7 +9,7 @@ answers 18 questions about each of 120 images, and two share them, each on a cor
 as the entries deal them, or takes its turn of the questions, as lmms-eval does, and sees every image.
 
 Every measurement is a process of its own, and medians count; loading is timed apart, and memory is the peak above that
-after loading and warming up. Beside the table, `growth.png` is written. The last line is one JSON object.
+after loading and warming up. The last line is one JSON object; then `growth.png` is drawn.
 """
 
 from __future__ import annotations
@@ -170,14 +170,15 @@ def main() -> None:
             "questions": [growth(folder, IMAGES, QUESTIONS * factor, options.repeats) for factor in options.factors],
         }
         processes = two_processes(folder, options.shared_images, options.repeats)
-    plot(rows, options.out / "growth.png")
     for name, own in rows.items():
         print(f"\nmore {name}\n{tabulate(own, headers='keys', floatfmt='.2f')}")
         last, first = own[-1], own[0]
         more = {key: last[key] / first[key] for key in ("questions", "cpu_s", "s", "peak_mb")}
         print(", ".join(f"{key} x {value:.2f}" for key, value in more.items()))
     print(f"\n{tabulate(processes, headers='keys', floatfmt='.2f') or 'without two processes, for want of a core'}")
-    print(json.dumps({"machine": machine(), "repeats": options.repeats, "rows": rows, "two_processes": processes}))
+    print(json.dumps({"machine": machine(), "repeats": options.repeats, "rows": rows, "two_processes": processes}), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(rows, options.out / "growth.png")
 
 
 if __name__ == "__main__":
