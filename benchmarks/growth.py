@@ -176,7 +176,8 @@ def main() -> None:
         more = {key: last[key] / first[key] for key in ("questions", "cpu_s", "s", "peak_mb")}
         print(", ".join(f"{key} x {value:.2f}" for key, value in more.items()))
     print(f"\n{tabulate(processes, headers='keys', floatfmt='.2f') or 'without two processes, for want of a core'}")
-    print(json.dumps({"machine": machine(), "repeats": options.repeats, "rows": rows, "two_processes": processes}), flush=True)
+    found = {"machine": machine(), "repeats": options.repeats, "rows": rows, "two_processes": processes}
+    print(json.dumps(found), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     plot(rows, options.out / "growth.png")
 
