@@ -394,7 +394,7 @@ def test_candidates_of_many_images_are_those_of_the_codebook(stats):
         zip(rows["image"], rows["patch"], strict=True)
     )
     assert codebook.meta["counts"]["candidates"] == len(table)
-    assert f"{len(common)} of them" in told
+    assert f"images; {len(common)} of them, from {common['image'].nunique()} images, lie" in told
 
 
 def test_a_codebook_of_the_first_images_is_that_of_a_build_of_them(family, stats, tmp_path):
