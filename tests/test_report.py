@@ -13,11 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import tiny_next
+import tiny_onevision
+import torch
 from PIL import Image
 from stored import edit, save_folder
 from transformers import CLIPImageProcessorPil
 
 from rcb_lmms.budget import Budget
+from rcb_lmms.engine.questions import Question
+from rcb_lmms.engine.session import Session
 from rcb_lmms.errors import UserError
 from rcb_lmms.families import load_family, places
 from rcb_lmms.families.images import Visual, central_square_region, pad_to_square
@@ -29,6 +34,7 @@ from rcb_lmms.report.field import beside_published, field_data, readable_publish
 from rcb_lmms.report.flips import run_label
 from rcb_lmms.report.plots import accuracy_plot
 from rcb_lmms.report.reading import Run
+from rcb_lmms.report.sheets import kept_of
 from rcb_lmms.report.summary import comparison_table, group, summary_table
 from rcb_lmms.report.tables import for_terminal, readable, write_tables
 from rcb_lmms.runs.configs import read_configs
@@ -624,6 +630,46 @@ def test_picture_of_kept_tokens_counts_them(family, codebook_file, tmp_path, mon
         assert image.width > image.height > 400
 
 
+def test_fastv_draws_what_eager_attention_ranks_highest(family):
+    pruner = make_pruner("fastv", budget=Budget.tokens(5))
+    image = tiny.random_image(1)
+    session = Session(family, pruner)
+
+    def kept_under(text):
+        return kept_of(session, Question(text, [Visual((image,), "base")]))[1][0].indices
+
+    kept = kept_under("Is it red?")
+    (view,) = family.encode([image])[0]
+    prompt = family.embed(family.prompt("Is it red?"), [family.pack_base(view.features)])
+    decoder = family.model.get_decoder()
+    decoder.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            attention = decoder(inputs_embeds=prompt.embeds[None], output_attentions=True).attentions[1]
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    ((start, stop),) = prompt.spans
+    row = attention[0].mean(0)[-1, start:stop]
+    assert kept.tolist() == sorted(row.topk(5).indices.tolist())
+    other = kept_under("How many circles are there?")
+    assert len(other) == 5
+
+
+@pytest.mark.parametrize("save", [tiny_next.save_next, tiny_onevision.save_onevision])
+def test_kept_tokens_of_a_stretched_base_view(tmp_path, save):
+    family = load_family(str(save(tmp_path / "checkpoint")))
+    image = tiny.random_image(1, 120, 40)
+    boxes = places.patch_boxes(image.size, family.grid, family.geometry["rcb"], 56)
+    assert boxes[0].tolist() == [0, 0, 30, 10]
+    assert boxes[-1].tolist() == [90, 30, 120, 40]
+    pruners = {name: make_pruner(name, budget=Budget.tokens(5)) for name in ("random", "fastv")}
+    question = Question("What?", [Visual((image,), "base")])
+    kept = {name: kept_of(Session(family, pruner), question)[1][0] for name, pruner in pruners.items()}
+    assert [len(own.indices) for own in kept.values()] == [5, 5]
+    assert max(own.indices.max() for own in kept.values()) < 16
+    assert pictures.kept_tokens_picture(family, pruners, [image], tmp_path / "kept.png").stat().st_size > 5000
+
+
 # Quickstart
 
 
@@ -665,6 +711,8 @@ def test_quickstart_compares_and_continues(checkpoint, codebook_file, tmp_path, 
     assert capsys.readouterr().out.count("done before") == 5
     changed = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert changed == ["fastv-2"]
+    with pytest.raises(UserError, match="holds another run"):
+        quickstart(tmp_path / "quick", **options | {"codebook": "lab-llava"})
     with pytest.raises(UserError, match="runs over different samples cannot be compared"):
         quickstart(tmp_path / "quick", **options | {"sizes": {"pope": 2, "mme": 1}})
 

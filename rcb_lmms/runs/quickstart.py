@@ -187,15 +187,13 @@ def _run(step: Step, runs: Path, data: Path) -> str:
 
     name = f"{step.name:<22}"
     with working_directory(data), locked(runs / step.name):
-        if finished(runs / step.name):
-            return f"{name}done before"
-        began, folder = time.perf_counter(), runs / step.name
+        done, began = finished(runs / step.name), time.perf_counter()
         try:
-            options = {"batch_size": BATCH_SIZE, "task_manager": _tasks()}
-            run_evaluation(step.entry, step.arguments, list(TASKS), folder, **options)
+            options = {"batch_size": BATCH_SIZE, "task_manager": None if done else _tasks()}
+            run_evaluation(step.entry, step.arguments, list(TASKS), runs / step.name, **options)
         except BudgetError as error:
             return f"{name}refused: {error.wanted}; {error.allowed}"
-    return f"{name}{time.perf_counter() - began:5.1f} s"
+    return f"{name}done before" if done else f"{name}{time.perf_counter() - began:5.1f} s"
 
 
 @functools.cache
