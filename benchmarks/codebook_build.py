@@ -160,7 +160,10 @@ def compared(case: str, options: argparse.Namespace, before: Path) -> dict[str, 
             command = [sys.executable, __file__, "--work", case, way, folder, *given]
             started = [subprocess.Popen(command, env=own, cwd=package, stdout=subprocess.PIPE, text=True)
                        for _ in range(processes)]  # fmt: skip
-            told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+            said = [process.communicate()[0] for process in started]
+            if any(process.returncode for process in started):
+                sys.exit(f"a process of {case}, {way}, failed")
+            told = [json.loads(text.splitlines()[-1]) for text in said]
             results[way] = [ImageStatistics.read(Path(folder) / f"{number}.safetensors") for number in range(images)]
         # Processes that work side by side share the clock.
         found[way] = told[0] | {"s": max(one["s"] for one in told) / processes, "processes": processes}

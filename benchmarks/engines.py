@@ -205,8 +205,8 @@ def random_model(folder: str, images: int, repeats: int, vllm_python: str | None
         root = str(Path(__file__).parents[1])
         own = {**os.environ, "PYTHONPATH": root}
         done = subprocess.run(given, env=own, check=True, stdout=subprocess.PIPE, text=True)
-        told = [line for line in done.stdout.splitlines() if line.startswith("{")]  # behind it, vLLM says that it ends
-        found["vllm, 576 tokens"] = json.loads(told[-1])
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # vLLM says behind it that it ends
+        found["vllm, 576 tokens"] = json.loads(lines[-1])
     return found
 
 

@@ -18,6 +18,7 @@ from rcb_lmms.report.statistics import mcnemar, paired_p
 THRESHOLD = 1e-5
 # Aggregated metrics are sums of the same numbers, perhaps in another order.
 METRIC = 1e-9
+SHOWN = 10  # lines of a kind
 # Counts that follow kept sets: they move with every token that flips near the cut.
 FOLLOWING = ("input_tokens", "visual_kept", "visual_layer_average")
 
@@ -222,4 +223,4 @@ def _name(sample: Sample) -> str:
 
 
 def _first(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= 10 else [*lines[:10], f"  and {len(lines) - 10} more"]
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  and {len(lines) - SHOWN} more"]

@@ -23,9 +23,9 @@ Work = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 
 def processes_for_runs() -> int:
     """How many runs of the laboratory's model to make at once: one for each core, and one where a GPU answers."""
-    import torch
+    from rcb_lmms.families.loading import chosen_device
 
-    return 1 if torch.cuda.is_available() else min(MOST_PROCESSES, os.cpu_count() or 1)
+    return 1 if chosen_device(None) != "cpu" else min(MOST_PROCESSES, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
